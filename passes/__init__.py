@@ -1,0 +1,1 @@
+"""Compile time: the passes that turn a captured model into a scheduled step program."""

@@ -1,0 +1,202 @@
+"""Pass 2: a graph of tensors only, in functional form, without what does nothing.
+
+Sizes leave the graph: instead of nodes that compute shapes, each node knows its arguments and its result's shape as
+they are at each sample point (``meta["samples"]``, ``meta["sizes"]``). Rules then see what depends on the length.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import fx
+from torch.fx.node import map_arg
+
+from .capture import Capture, Point
+
+aten = torch.ops.aten
+
+# ops that hand on their first argument as it is (in eval mode)
+_NO_OPS = {
+    aten.alias.default,
+    aten.contiguous.default,
+    aten.detach.default,
+    aten.detach_.default,
+    aten.lift_fresh_copy.default,
+    aten.lift_fresh.default,
+    aten.dropout.default,
+    aten.dropout_.default,
+    aten.feature_dropout.default,
+    aten.alpha_dropout.default,
+    aten.feature_alpha_dropout.default,
+    aten.conj_physical.default,
+    aten.resolve_conj.default,
+    aten.resolve_neg.default,
+}
+
+
+def canonicalize(capture: Capture) -> fx.Graph:
+    """The canonical graph of a capture. Every node has ``meta`` "val", "samples" and "sizes"."""
+    graph = fx.Graph()
+    env: dict[fx.Node, Any] = {}
+    for node in capture.graph.nodes:
+        value = node.meta.get("val")
+        if node.op == "output":
+            graph.output(map_arg(node.args[0], lambda n: env[n]))
+            continue
+        if node.op in ("placeholder", "get_attr"):
+            new = graph.node_copy(node)
+            env[node] = new
+            _sample(new, {}, capture, {})
+            continue
+        if _is_number(value):
+            env[node] = Number(value)
+            continue
+        if node.target in _ASSERTIONS:
+            continue
+        if node.target in _NO_OPS or _keeps(node):
+            env[node] = env[node.args[0]]
+            continue
+        written = node.args[0] if _writes(node) else None
+        target = functional(node.target)
+        args = map_arg(node.args, lambda n: env[n])
+        kwargs = map_arg(node.kwargs, lambda n: env[n])
+        new = _make(graph, node, target, args, kwargs, capture)
+        env[node] = new
+        if written is not None:
+            for seen in [n for n, e in env.items() if e is env.get(written) and n is not node]:
+                env[seen] = new
+    graph.eliminate_dead_code()
+    graph.lint()
+    return graph
+
+
+class Number:
+    """A size or number that the traced graph computes: not a tensor, known at each sample point."""
+
+    def __init__(self, value: Any) -> None:
+        self.value = value
+
+
+def _make(graph: fx.Graph, node: fx.Node, target: Any, args: Any, kwargs: Any, capture: Capture) -> fx.Node:
+    base = capture.points[0]
+    concrete_args, concrete_kwargs = (_at(a, capture, base) for a in (args, kwargs))
+    new = graph.create_node("call_function", target, concrete_args, concrete_kwargs, name=node.name)
+    new.meta = {k: node.meta[k] for k in ("val", "stack_trace", "nn_module_stack") if k in node.meta}
+    _sample(new, args, capture, kwargs)
+    return new
+
+
+def _sample(node: fx.Node, args: Any, capture: Capture, kwargs: Any) -> None:
+    node.meta["samples"] = [
+        bind(node.target, _at(args, capture, p), _at(kwargs, capture, p)) if node.op == "call_function" else {}
+        for p in capture.points
+    ]
+    value = node.meta.get("val")
+    node.meta["sizes"] = [_shape(value, capture, p) for p in capture.points]
+
+
+def _shape(value: Any, capture: Capture, point: Point) -> Any:
+    if isinstance(value, torch.Tensor):
+        return tuple(capture.sample(s, point) for s in value.shape)
+    if isinstance(value, (list, tuple)):
+        return tuple(_shape(v, capture, point) for v in value)
+    return None
+
+
+def _at(args: Any, capture: Capture, point: Point) -> Any:
+    """The arguments with all numbers as they are at a point."""
+    if isinstance(args, Number):
+        return capture.sample(args.value, point)
+    if isinstance(args, (list, tuple)):
+        return type(args)(_at(a, capture, point) for a in args)
+    if isinstance(args, dict):
+        return {k: _at(a, capture, point) for k, a in args.items()}
+    if isinstance(args, slice):
+        return slice(*(_at(a, capture, point) for a in (args.start, args.stop, args.step)))
+    return capture.sample(args, point)
+
+
+def bind(target: Any, args: Any, kwargs: Any) -> dict[str, Any]:
+    """Arguments by their schema names (for ``getitem`` and other functions: by position, as "0", "1", ...)."""
+    if not isinstance(target, torch._ops.OpOverload):
+        return {**{str(i): a for i, a in enumerate(args)}, **kwargs}
+    names = [a.name for a in target._schema.arguments]
+    defaults = {a.name: a.default_value for a in target._schema.arguments if a.has_default_value()}
+    return {**defaults, **dict(zip(names, args, strict=False)), **kwargs}
+
+
+def unbind(target: Any, bound: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The inverse of `bind`: positional and keyword arguments, trailing defaults left away."""
+    if not isinstance(target, torch._ops.OpOverload):
+        return tuple(v for k, v in bound.items() if k.isdigit()), {k: v for k, v in bound.items() if not k.isdigit()}
+    positional, keywords = [], {}
+    for a in target._schema.arguments:
+        if a.name not in bound:
+            continue
+        default = a.has_default_value() and _equal(bound[a.name], a.default_value)
+        if a.kwarg_only:
+            if not default:
+                keywords[a.name] = bound[a.name]
+        else:
+            positional.append((bound[a.name], default))
+    while positional and positional[-1][1]:
+        positional.pop()
+    return tuple(v for v, _ in positional), keywords
+
+
+def _equal(a: Any, b: Any) -> bool:
+    return type(a) is type(b) and bool(a == b) if not isinstance(a, fx.Node) else False
+
+
+_ASSERTIONS = {
+    aten._assert_scalar.default,
+    aten._assert_async.msg,
+    aten._assert_async.default,
+    aten._assert_tensor_metadata.default,
+    aten.sym_constrain_range.default,
+    aten.sym_constrain_range_for_size.default,
+    torch.sym_not,
+}
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float, bool, torch.SymInt, torch.SymFloat, torch.SymBool))
+
+
+def _keeps(node: fx.Node) -> bool:
+    """Whether a conversion, clone or expansion changes nothing."""
+    if not isinstance(node.target, torch._ops.OpOverload) or not node.args or not isinstance(node.args[0], fx.Node):
+        return False
+    before, after = node.args[0].meta.get("val"), node.meta.get("val")
+    if not isinstance(before, torch.Tensor) or not isinstance(after, torch.Tensor):
+        return False
+    name = node.target._schema.name
+    same = before.dtype == after.dtype and before.device == after.device
+    if name in ("aten::to", "aten::_to_copy", "aten::type_as", "aten::clone"):
+        return same
+    if name == "aten::slice":
+        _, d, start, stop, step = (*node.args, *(0, None, None, 1)[len(node.args) - 1 :])
+        whole = isinstance(stop, int) and stop >= torch.iinfo(torch.int64).max
+        return (start in (0, None)) and (stop is None or whole) and step == 1
+    return False
+
+
+def _writes(node: fx.Node) -> bool:
+    return isinstance(node.target, torch._ops.OpOverload) and any(
+        a.alias_info is not None and a.alias_info.is_write for a in node.target._schema.arguments
+    )
+
+
+def functional(target: Any) -> Any:
+    """The functional twin of an in-place overload; any other target as it is."""
+    if not isinstance(target, torch._ops.OpOverload) or not any(
+        a.alias_info is not None and a.alias_info.is_write for a in target._schema.arguments
+    ):
+        return target
+    name = target._schema.name.split("::")[1]
+    packet = getattr(aten, name.rstrip("_"), None)
+    twin = getattr(packet, target._overloadname, None) or getattr(packet, "default", None)
+    if twin is None:
+        raise TypeError(f"{target} has no functional twin")
+    return twin

@@ -1,0 +1,1 @@
+"""Generated programs: one file per target, all from the same schedule."""

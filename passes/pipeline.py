@@ -1,0 +1,269 @@
+"""The order of the passes, read from top to bottom; nobody else knows it.
+
+    capture -> canonicalize -> propagate facts -> build clips -> check -> schedule delays -> generate code
+
+`compile_plan` does all but the last; programs are generated from a `Plan` when they are first needed.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from fractions import Fraction
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch.utils import _pytree as pytree
+
+from .build_clips import build_clips
+from .canonicalize import canonicalize
+from .capture import Capture, Clock, capture
+from .codegen.graph_module import Constants, state_specs
+from .errors import NonLocalError, Refusal, RefusedError
+from .propagate_facts import Facts, propagate_facts
+from .registry import Call, InClip, Static, Tail
+from .schedule_delays import Schedule, receptive_field, schedule_delays
+from .stream_graph import Value, View, read
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Where a value stands in time, in ticks of the input (`meta["cofx"]` of every generated node)."""
+
+    fact: str
+    delay: int | Fraction
+    receptive_field: float | int | Fraction
+    stride: int | Fraction
+    padding: int | Fraction
+
+    def __str__(self) -> str:
+        return f"{self.fact} delay={self.delay} rf={self.receptive_field} stride={self.stride} pad={self.padding}"
+
+
+@dataclass(frozen=True)
+class Leaf:
+    """One leaf of the model's output.
+
+    Attributes:
+        node, value: the traced node, and the stream that has its frames (None: it does not depend on time).
+        equivalence: what holds for it.
+        single: a step yields one frame at most, so that frames come without time axis.
+        clip: its frames are evaluations of whole clips.
+        reason: what ended the stream, for a clip.
+    """
+
+    node: fx.Node
+    value: Value | None
+    equivalence: str
+    single: bool
+    clip: bool
+    reason: str
+
+
+@dataclass
+class Plan:
+    """A compiled model before code generation."""
+
+    graph: fx.Graph
+    facts: Facts
+    schedule: Schedule
+    inputs: list[tuple[fx.Node, Value | None]]
+    outputs: list[Leaf]
+    out_spec: pytree.TreeSpec
+    constants: Constants
+    clock: Clock
+    capture: Capture
+    timings: dict[Value, Timing] = field(default_factory=dict)
+
+    def about(self, value: Value | None) -> Timing | None:
+        """The timing of a value."""
+        if value is None:
+            return None
+        if value not in self.timings:
+            self.timings[value] = timing(self.schedule, value)
+        return self.timings[value]
+
+    def batch_input(self, frames: bool) -> tuple[int, int] | None:
+        """An input and its dimension from which a program reads the batch size."""
+        if not self.capture.symbolic_batch:
+            return None
+        for i, ((_, value), axis) in enumerate(zip(self.inputs, self.clock.batch_dims, strict=True)):
+            if value is not None and axis is not None:
+                dropped = frames and value.rate == 1 and value.layout.time < axis
+                return i, axis - dropped
+        return None
+
+
+def compile_plan(
+    model: nn.Module,
+    example: Sequence[torch.Tensor],
+    clock: Clock,
+    ticks: int,
+    batch: int,
+    equivalence: str | None,
+    newest: bool,
+) -> Plan:
+    """Everything from the user's module to a schedule.
+
+    Args:
+        model: as it is; it is not changed.
+        example: an input of each kind, at any length.
+        clock: how the inputs' axes lie.
+        ticks, batch: the clip length in ticks and the batch size to trace with.
+        equivalence: the equivalence that is asked for, or None for the best that the ops allow.
+        newest: return only the newest frame of a clip's output.
+
+    Raises:
+        CaptureError: the model cannot be traced.
+        RefusedError: it holds ops that cannot be given as asked; all are listed.
+    """
+    captured = capture(model, example, clock, ticks, batch)
+    graph = canonicalize(captured)
+    facts = propagate_facts(graph, captured, clock)
+    leaves = list(pytree.tree_leaves(graph.output_node().args[0]))
+    values = _values(facts, leaves, equivalence, newest)
+    _check(facts, leaves, values, equivalence)
+    schedule = schedule_delays(facts.streams, values)
+    nodes = [n for n in graph.nodes if n.op == "placeholder"]
+    by_node = {v.node: v for v in facts.streams.inputs}
+    return Plan(
+        graph=graph,
+        facts=facts,
+        schedule=schedule,
+        inputs=[(n, by_node.get(n)) for n in nodes],
+        outputs=[_leaf(schedule, n, v) for n, v in zip(leaves, values, strict=True)],
+        out_spec=captured.out_spec,
+        constants=Constants(tensors(model, captured), _not_constant(facts, captured)),
+        clock=clock,
+        capture=captured,
+    )
+
+
+def tensors(model: nn.Module, captured: Capture) -> dict[str, torch.Tensor]:
+    """The model's parameters and buffers as they are now, and the constants of its trace."""
+    return {
+        **captured.constants,
+        **dict(model.named_parameters(remove_duplicate=False)),
+        **dict(model.named_buffers(remove_duplicate=False)),
+    }
+
+
+def _values(facts: Facts, leaves: list[fx.Node], equivalence: str | None, newest: bool) -> list[Value | None]:
+    """A value for every output leaf that depends on time."""
+    in_clip = [n for n in leaves if isinstance(facts.of[n], InClip) or (equivalence == "clip" and _timed(facts, n))]
+    clips = build_clips(facts, list(dict.fromkeys(in_clip)), equivalence, newest)
+    values: list[Value | None] = []
+    for leaf in leaves:
+        fact = facts.of[leaf]
+        if leaf in clips:
+            values.append(clips[leaf])
+        elif isinstance(fact, Value):
+            values.append(_materialized(facts, leaf, fact))
+        else:
+            values.append(None)
+    return values
+
+
+def _timed(facts: Facts, leaf: fx.Node) -> bool:
+    return isinstance(facts.of[leaf], (Value, InClip))
+
+
+def _materialized(facts: Facts, leaf: fx.Node, value: Value) -> Value:
+    """An output that is a way of reading another value, or whose time is folded, as a value of its own."""
+    call = Call(leaf, facts.streams, facts.of, leaf.meta["samples"], leaf.meta["sizes"])
+    value = value if value.layout.clean else call.ungroup(value)
+    if not isinstance(value.producer, View):
+        return value
+    made: Value = call.emit(
+        value.layout,
+        [read(value)],
+        length_of=[value],
+        lower=lambda b, op, windows, span, _: b.aten("clone.default", windows[0].node),
+        nodes=[],
+        dtypes=[value.dtype],
+    )
+    return made
+
+
+def _check(facts: Facts, leaves: list[fx.Node], values: list[Value | None], equivalence: str | None) -> None:
+    """Collect what stands against the wish, and raise once."""
+    refusals = list(facts.refusals)
+    if refusals:
+        raise RefusedError(refusals)
+    for value in values:
+        clip = getattr(value.producer, "clip", None) if value is not None else None
+        got = clip.equivalence if clip else "stream"
+        if equivalence in (None, got) or (equivalence == "first-clip" and got == "clip"):
+            continue
+        ended = [
+            n
+            for n, f in facts.of.items()
+            if isinstance(f, InClip) and not any(isinstance(facts.of[i], InClip) for i in n.all_input_nodes)
+        ]
+        hint = "leave equivalence=None to have the clip recomputed, or keep this op out of the compiled model"
+        raise NonLocalError(
+            [Refusal("NonLocalError", getattr(facts.of[n], "reason", ""), n, hint) for n in ended or leaves[:1]]
+        )
+
+
+def _leaf(schedule: Schedule, node: fx.Node, value: Value | None) -> Leaf:
+    if value is None:
+        return Leaf(node, None, "stream", True, False, "")
+    clip = getattr(value.producer, "clip", None)
+    most = max(schedule.count(value, n + 1) - schedule.count(value, n) for n in range(schedule.period))
+    most = max(most, schedule.count(value, 1))
+    return Leaf(
+        node,
+        value,
+        clip.equivalence if clip else "stream",
+        most <= 1,
+        clip is not None,
+        clip.reason if clip else "",
+    )
+
+
+def _not_constant(facts: Facts, captured: Capture) -> set[fx.Node]:
+    """Static nodes that are not known before the inputs are: they depend on the batch size or on a static input."""
+    found: set[fx.Node] = set()
+    batch = [p.batch for p in captured.points]
+    other = next((i for i, b in enumerate(batch) if b != batch[0]), None)
+    for node in facts.graph.nodes:
+        if node.op == "placeholder" or any(n in found for n in node.all_input_nodes):
+            found.add(node)
+        elif other is not None and node.op == "call_function":
+            samples = node.meta["samples"]
+            if str(samples[0]) != str(samples[other]):
+                found.add(node)
+    return found
+
+
+def timing(schedule: Schedule, value: Value) -> Timing:
+    """Delay, receptive field, stride and padding of a value in ticks, as DESIGN's section 3 has them."""
+    delay = first_tick(schedule, value) - 1
+    field, finite = receptive_field(schedule, value)
+    stride = 1 / value.rate
+    fact = f"Clip({value.producer.clip.equivalence})" if getattr(value.producer, "clip", None) else f"Stream({value.layout})"  # type: ignore[union-attr]
+    return Timing(fact, delay, whole(field), whole(stride), whole(finite - 1 - delay))
+
+
+def first_tick(schedule: Schedule, value: Value) -> int:
+    """The number of ticks after which a value has its first frame."""
+    low, high = 0, 1
+    while schedule.count(value, high) < 1:
+        low, high = high, high * 2
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (low, middle) if schedule.count(value, middle) >= 1 else (middle, high)
+    return high
+
+
+def whole(number: Any) -> Any:
+    """An int where a Fraction is whole; infinity stays as it is."""
+    if isinstance(number, Fraction) and number.denominator == 1:
+        return int(number)
+    return number
+
+
+__all__ = ["Leaf", "Plan", "Static", "Tail", "compile_plan", "math", "state_specs"]

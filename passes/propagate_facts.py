@@ -1,0 +1,124 @@
+"""Pass 3: a fact for every value of the canonical graph, by the rules of the registry.
+
+What depends on time becomes a `Value` with its op; what needs the whole clip, and all that follows it, becomes
+`InClip`; the rest is `Static`. Nothing is decided here about *when* anything is computed.
+"""
+
+from __future__ import annotations
+
+import operator
+from dataclasses import dataclass, field
+from fractions import Fraction
+from typing import Any
+
+import torch
+from torch import fx
+
+from .capture import Capture, Clock
+from .errors import NonLocal, Refusal, Refuse
+from .layout import BATCH, TIME, Layout, Unshapeable, dim
+from .registry import Call, Fact, InClip, Static, find_rule
+from .stream_graph import StreamGraph, Value
+
+
+@dataclass
+class Facts:
+    """The facts of a canonical graph, and the stream graph that was built with them."""
+
+    graph: fx.Graph
+    streams: StreamGraph
+    of: dict[fx.Node, Fact] = field(default_factory=dict)
+    refusals: list[Refusal] = field(default_factory=list)
+
+
+def propagate_facts(graph: fx.Graph, capture: Capture, clock: Clock) -> Facts:
+    """Facts for all nodes. Refusals are collected, not raised."""
+    streams = StreamGraph(tuple(p.batch for p in capture.points), tuple(p.ticks for p in capture.points))
+    facts = Facts(graph, streams)
+    inputs = iter(zip(clock.time_dims, clock.batch_dims, clock.frames, strict=True))
+    for node in graph.nodes:
+        if node.op == "placeholder":
+            facts.of[node] = _input(node, streams, *next(inputs))
+        elif node.op == "get_attr":
+            facts.of[node] = Static()
+        elif node.op == "call_function":
+            facts.of[node] = _fact(node, facts, capture)
+    return facts
+
+
+def _input(node: fx.Node, streams: StreamGraph, time: int | None, batch: int | None, frames: int) -> Fact:
+    if time is None:
+        return Static()
+    val = node.meta["val"]
+    dims = [
+        (TIME,) if i == time else (BATCH,) if i == batch and len(set(streams.batch)) > 1 else dim(int(s))
+        for i, s in enumerate(node.meta["sizes"][0])
+    ]
+    value = Value(
+        name=node.name,
+        layout=Layout(tuple(dims)),
+        dtype=val.dtype,
+        rate=Fraction(frames),
+        lengths=tuple(t * frames for t in streams.ticks),
+        length_sources=(),
+        length=lambda n: n * frames,
+        producer=None,
+        node=node,
+    )
+    streams.inputs.append(streams.add_value(value))
+    return value
+
+
+def _fact(node: fx.Node, facts: Facts, capture: Capture) -> Fact:
+    given = [facts.of[n] for n in node.all_input_nodes]
+    if node.target is operator.getitem:
+        source = facts.of[node.args[0]]  # type: ignore[index]
+        return source[node.args[1]] if isinstance(source, tuple) else source
+    flat = [f for g in given for f in (g if isinstance(g, tuple) else (g,))]
+    ended = next((f for f in flat if isinstance(f, InClip)), None)
+    if ended is not None:
+        return InClip(ended.reason)
+    call = Call(node, facts.streams, facts.of, node.meta["samples"], node.meta["sizes"])
+    if not any(isinstance(f, Value) for f in flat) and not _depends_on_length(node, facts.streams):
+        if torch.Tag.nondeterministic_seeded not in getattr(node.target, "tags", ()):
+            return Static()
+    known = len(facts.streams.ops), len(facts.streams.values)
+    try:
+        apply = find_rule(node.target)
+        if apply is None:
+            raise NonLocal(f"there is no rule for {node.target}")
+        fact = apply(call)
+        _check(node, fact, facts.streams)
+        return fact
+    except (NonLocal, Unshapeable) as why:
+        del facts.streams.ops[known[0] :], facts.streams.values[known[1] :]
+        return InClip(str(why))
+    except Refuse as why:
+        facts.refusals.append(Refusal("RefusedError", str(why), node, why.hint))
+        return InClip(str(why))
+
+
+def _depends_on_length(node: fx.Node, streams: StreamGraph) -> bool:
+    """Whether something that is made of no stream has a size or a number that follows the clip's length."""
+    by_batch: dict[int, list[Any]] = {}
+    for point, sizes, sample in zip(streams.batch, node.meta["sizes"], node.meta["samples"], strict=True):
+        by_batch.setdefault(point, []).append((sizes, _numbers(sample)))
+    return any(len({str(s) for s in seen}) > 1 for seen in by_batch.values())
+
+
+def _numbers(sample: dict[str, Any]) -> list[Any]:
+    return [v for v in sample.values() if isinstance(v, (int, float, list, tuple))]
+
+
+def _check(node: fx.Node, fact: Fact, streams: StreamGraph) -> None:
+    """The sizes that a rule implies against those that tracing saw: a cross-check of every rule on every model."""
+    found = fact if isinstance(fact, tuple) else (fact,)
+    for i, value in enumerate(found):
+        if not isinstance(value, Value):
+            continue
+        for batch, frames, seen in zip(streams.batch, value.lengths, node.meta["sizes"], strict=True):
+            sizes = seen[i] if isinstance(fact, tuple) else seen
+            if tuple(value.layout.sizes(batch, frames)) != tuple(sizes):
+                raise NonLocal(
+                    f"its shape {tuple(sizes)} is not the one that its rule expects ({value.layout}, T={frames})"
+                )

@@ -1,0 +1,67 @@
+"""Running sums, products and extrema over time: one frame of state."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from ..layout import Layout
+from ..registry import Call, Carry, Fact, Sample, rule
+from ..stream_graph import read
+
+aten = torch.ops.aten
+
+# the neutral element, and how what has run so far is joined to what runs in a chunk
+_JOIN = {
+    aten.cumsum.default: (0.0, "add.Tensor"),
+    aten.cumprod.default: (1.0, "mul.Tensor"),
+    aten.logcumsumexp.default: (-math.inf, "logaddexp.default"),
+    aten.cummax.default: (-math.inf, "maximum.default"),
+    aten.cummin.default: (math.inf, "minimum.default"),
+}
+
+
+@rule(*_JOIN)
+def cumulative(call: Call) -> Fact:
+    """``out[t] = x[0] * ... * x[t]``, for a sum, product, or running extremum."""
+    x = call.stream("self")
+    axis = call.arg("dim") % len(x.layout)
+    target = call.node.target
+    pair = target in (aten.cummax.default, aten.cummin.default)
+    if axis != x.layout.time:
+        return call.framewise([x.layout] * 2 if pair else x.layout)
+    call.require(not pair or all(u.args[1] == 0 for u in call.node.users), "the indices of a running extremum")
+    x = call.stream("self", clean=True)
+    neutral, join = _JOIN[target]  # type: ignore[index]
+    dtype = call.dtype(0 if pair else None)
+    if not dtype.is_floating_point and math.isinf(neutral):
+        neutral = torch.iinfo(dtype).max if neutral > 0 else torch.iinfo(dtype).min
+
+    def lower(b: Any, op: Any, windows: Any, span: range, carries: list[fx.Node]) -> tuple[Any, list[fx.Node]]:
+        ran = b.call(op, windows)
+        ran = b.aten(join, b.getitem(ran, 0) if pair else ran, carries[0])
+        last = b.narrow(ran, axis, len(span) - 1, 1)
+        return ((ran, None) if pair else ran), [last]
+
+    layout = x.layout
+    carry = Carry("so_far", Layout((*layout.dims[:axis], (), *layout.dims[axis + 1 :])), dtype, neutral)
+    value = call.emit(
+        [layout] * 2 if pair else layout,
+        [read(x, fill=neutral)],
+        length_of=[x],
+        lower=lower,
+        carries=[carry],
+    )
+    return value
+
+
+class _Cumulative(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(batch, channels, time), run over time in three ways."""
+        return x.cumsum(2) + x.sigmoid().cumprod(-1) + x.cummax(2).values
+
+
+SAMPLES = [Sample("cumulative", _Cumulative, (2, 3, 9))]

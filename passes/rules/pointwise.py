@@ -1,0 +1,113 @@
+"""Ops that act on each element by itself, with broadcasting."""
+
+from __future__ import annotations
+
+import torch
+from torch import fx, nn
+
+from ..layout import TIME, Dim, Layout, dim
+from ..registry import Call, Fact, Sample, Static, lower_call, overloads, rule
+from ..stream_graph import Value, read
+
+aten = torch.ops.aten
+
+
+def broadcast(call: Call) -> tuple[list[fx.Node], list[Value], Layout]:
+    """Bring all tensor arguments onto one layout.
+
+    Returns:
+        the traced arguments that are streams, their values (static tensors that lie along time become tables), and
+        the layout of the result.
+    """
+    tensors = [n for n in call.node.all_input_nodes if isinstance(n.meta.get("val"), torch.Tensor)]
+    streams = {n: call.facts[n] for n in tensors if isinstance(call.facts[n], Value)}
+    if len({v.layout for v in streams.values()} | {v.lengths for v in streams.values()}) > 2:
+        streams = {n: v if v.layout.clean else call.ungroup(v) for n, v in streams.items()}
+    rank = max(len(n.meta["val"].shape) for n in tensors)
+    axes = {rank - len(v.layout) + v.layout.time for v in streams.values()}
+    call.require(len(axes) == 1, "time lies in different dimensions of its arguments")
+    axis = axes.pop()
+    first = next(iter(streams.values()))
+    for n in tensors:
+        at = axis - (rank - len(n.meta["val"].shape))
+        if n not in streams and at >= 0 and n.meta["val"].shape[at] != 1:
+            call.require(first.layout.clean, "a table along a folded time axis")
+            streams[n] = call.as_table(n, at, first)
+    layouts = [streams[n].layout if n in streams else call.static_layout(n) for n in tensors]
+    dims: list[Dim] = []
+    for i in range(rank):
+        present = [d for lay in layouts if (k := i - (rank - len(lay))) >= 0 and (d := lay[k])]
+        with_time = [d for d in present if TIME in d]
+        call.require(len(set(with_time)) <= 1, "time is folded differently in its arguments")
+        dims.append((with_time or present or [()])[0])
+    return list(streams), list(streams.values()), Layout(tuple(dims))
+
+
+def pointwise(call: Call) -> Fact:
+    """The rule of every op that torch tags as pointwise."""
+    nodes, values, layout = broadcast(call)
+    for name, arg in call.samples[0].items():
+        if not isinstance(arg, (fx.Node, list, tuple)):
+            call.arg(name)
+    rates = {v.rate for v in values}
+    call.require(len(rates) == 1, "its arguments have different frame rates")
+    call.require(len({v.lengths for v in values}) == 1, "its arguments have different lengths in time")
+    several = isinstance(call.node.meta["val"], (list, tuple))
+    return call.emit(
+        [layout] * len(call.node.meta["val"]) if several else layout,
+        [read(v) for v in values],
+        lower=lower_call,
+        length_of=[values[0]],
+        rate=rates.pop(),
+        nodes=nodes,
+    )
+
+
+# pointwise in what they do, but not tagged so
+rule(
+    *overloads(
+        "copy.default clone.default to.dtype to.device to.dtype_layout to.other type_as.default _to_copy.default "
+        "where.self where.ScalarSelf where.ScalarOther masked_fill.Scalar masked_fill.Tensor prelu.default "
+        "zeros_like.default ones_like.default full_like.default empty_like.default rrelu.default selu.default "
+        "softplus.default relu6.default hardswish.default hardsigmoid.default mish.default silu.default celu.default "
+        "log_sigmoid.default softshrink.default hardshrink.default threshold.default leaky_relu.default "
+        "elu.default gelu.default hardtanh.default lerp.Scalar lerp.Tensor addcmul.default addcdiv.default "
+        "clamp.default clamp.Tensor clamp_min.default clamp_max.default clip.default nan_to_num.default "
+        "true_divide.Tensor floor_divide.default floor_divide.Scalar remainder.Tensor fmod.Tensor "
+        "logaddexp.default square.default isnan.default isinf.default isfinite.default positive.default "
+        "rsub.Scalar rsub.Tensor float_power.Tensor_Scalar view_as_real.default heaviside.default "
+        "fake_quantize_per_tensor_affine.default gt.Tensor rrelu_with_noise_functional.default "
+        "__and__.Tensor __or__.Tensor __xor__.Tensor __and__.Scalar __or__.Scalar bernoulli.p "
+        "divide.Tensor divide.Scalar multiply.Tensor subtract.Tensor subtract.Scalar greater.Tensor less.Tensor"
+    )
+)(pointwise)
+
+
+@rule(aten.glu.default)
+def glu(call: Call) -> Fact:
+    """Halves one dimension, each half gating the other."""
+    x = call.stream("self")
+    axis = call.arg("dim", -1) % len(x.layout)
+    call.require(axis != x.layout.time, "glu splits the time axis")
+    return call.framewise(x.layout.replace(axis, dim(call.out_sizes[axis][0])))
+
+
+@rule(*overloads("softmax.int _softmax.default log_softmax.int _log_softmax.default"))
+def softmax(call: Call) -> Fact:
+    """Normalises one dimension."""
+    x = call.stream("self")
+    call.require(call.arg("dim") % len(x.layout) != x.layout.time, "softmax over the time axis")
+    return call.framewise(x.layout)
+
+
+@rule(aten.embedding.default)
+def embedding(call: Call) -> Fact:
+    """Each index becomes a vector: one more dimension at the end."""
+    x = call.stream("indices")
+    call.require(isinstance(call.fact(call.samples[0]["weight"]), Static), "its table depends on time")
+    return call.framewise(Layout((*x.layout.dims, call.static_layout(call.samples[0]["weight"])[1])))
+
+
+SAMPLES = [
+    Sample("activations", lambda: nn.Sequential(nn.GELU(), nn.PReLU(4), nn.Softmax(1), nn.GLU(1)), (2, 4, 9)),
+]

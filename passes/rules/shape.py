@@ -1,0 +1,203 @@
+"""Ops that move, part and join dimensions without touching what is in them."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from ..errors import NonLocal
+from ..layout import TIME, Grouped, Layout, Sizes, Unshapeable, dim, reshape
+from ..registry import Call, Fact, Sample, overloads, rule
+from ..schedule import Taps
+from ..stream_graph import Value, read
+
+aten = torch.ops.aten
+
+
+@rule(
+    *overloads(
+        "view.default reshape.default _unsafe_view.default _reshape_alias.default flatten.using_ints unflatten.int "
+        "squeeze.default squeeze.dim squeeze.dims unsqueeze.default view_copy.default squeeze_copy.dim "
+        "unsqueeze_copy.default view_as.default reshape_as.default"
+    )
+)
+def reshaped(call: Call) -> Fact:
+    """Any row-major reshape: the target's sizes tell where time and batch go."""
+    x = call.stream("self")
+    while True:
+        try:
+            layout = reshape(x.layout, call.out_sizes, call.graph.batch, x.lengths)
+            break
+        except Grouped as grouped:
+            x = call.group(call.ungroup(x) if x.layout[x.layout.time] != (TIME,) else x, grouped.frames)
+        except Unshapeable as why:
+            raise NonLocal(f"the reshape parts the time axis: {why}") from None
+    return call.emit(
+        layout,
+        [read(x)],
+        length_of=[x],
+        nodes=call.stream_nodes[:1],
+        lower=lambda b, op, windows, span, _: b.reshape(windows[0].node, layout, len(span)),
+    )
+
+
+def _permuted(call: Call, x: Value, order: list[int]) -> Fact:
+    return call.emit(
+        x.layout.permute(order),
+        [read(x)],
+        length_of=[x],
+        lower=lambda b, op, windows, span, _: b.aten("permute.default", windows[0].node, order),
+    )
+
+
+@rule(*overloads("permute.default permute_copy.default"))
+def permute(call: Call) -> Fact:
+    """Dimensions in another order."""
+    x = call.stream("self")
+    return _permuted(call, x, [d % len(x.layout) for d in call.arg("dims")])
+
+
+@rule(*overloads("transpose.int swapaxes.default swapdims.default t.default numpy_T.default mT.default adjoint.default"))
+def transpose(call: Call) -> Fact:
+    """Two dimensions exchanged."""
+    x = call.stream("self")
+    rank = len(x.layout)
+    name = call.node.target._schema.name  # type: ignore[union-attr]
+    if name in ("aten::t", "aten::numpy_T"):
+        return _permuted(call, x, list(reversed(range(rank))))
+    default = (-2, -1) if name in ("aten::mT", "aten::adjoint") else (0, 1)
+    first = call.arg("dim0", call.arg("axis0", default[0])) % rank
+    second = call.arg("dim1", call.arg("axis1", default[1])) % rank
+    order = list(range(rank))
+    order[first], order[second] = second, first
+    return _permuted(call, x, order)
+
+
+@rule(*overloads("movedim.int movedim.intlist moveaxis.int moveaxis.intlist"))
+def movedim(call: Call) -> Fact:
+    """Some dimensions moved, the others closing up in order."""
+    x = call.stream("self")
+    rank = len(x.layout)
+    source, target = call.arg("source"), call.arg("destination")
+    sources = [d % rank for d in (source if isinstance(source, (list, tuple)) else [source])]
+    targets = [d % rank for d in (target if isinstance(target, (list, tuple)) else [target])]
+    moved = dict(zip(targets, sources, strict=True))
+    rest = iter(d for d in range(rank) if d not in sources)
+    return _permuted(call, x, [moved[i] if i in moved else next(rest) for i in range(rank)])
+
+
+@rule(*overloads("expand.default expand_as.default broadcast_to.default expand_copy.default"))
+def expand(call: Call) -> Fact:
+    """Dimensions of size 1 repeated without copying; time itself cannot be, it is no dimension of size 1."""
+    x = call.maybe("self")
+    if x is None:  # expand_as / expand to the length of a stream: the same frame at every index
+        raise NonLocal("something without time is expanded along time")
+    added = len(call.out_sizes) - len(x.layout)
+    layout = Layout(((),) * added + x.layout.dims)
+    like = call.maybe("other")
+    dims = []
+    for i, (d, sizes) in enumerate(zip(layout, call.out_sizes, strict=True)):
+        if d or set(sizes) == {1}:
+            dims.append(d)
+        elif like is not None:
+            dims.append(like.layout[i])
+        else:
+            dims.append(_static(call, sizes))
+    wide = Layout(tuple(dims))
+    call.require(len(wide.time_dims) == 1, "a second time axis")
+    return call.emit(
+        wide,
+        [read(x)],
+        length_of=[x],
+        nodes=call.stream_nodes[:1],
+        lower=lambda b, op, windows, span, _: b.aten("expand.default", windows[0].node, b.sizes(wide, len(span))),
+    )
+
+
+def _static(call: Call, sizes: Sizes) -> tuple[object, ...]:
+    from ..layout import from_sizes  # noqa: PLC0415
+
+    try:
+        return from_sizes([sizes], call.graph.batch)[0]
+    except Unshapeable:
+        raise NonLocal("something without time is expanded along time") from None
+
+
+@rule(*overloads("repeat.default tile.default"))
+def repeat(call: Call) -> Fact:
+    """Dimensions repeated as a whole."""
+    x = call.stream("self")
+    times = call.arg("repeats", call.arg("dims"))
+    padded = [1] * (len(x.layout) - len(times)) + list(times)
+    layout = Layout(((),) * (len(padded) - len(x.layout)) + x.layout.dims)
+    call.require(padded[layout.time] == 1, "the clip is repeated as a whole")
+    wide = Layout(tuple(dim(r, *d) if r != 1 else d for r, d in zip(padded, layout, strict=True)))
+    return call.framewise(wide)
+
+
+@rule(*overloads("repeat_interleave.self_int"))
+def repeat_interleave(call: Call) -> Fact:
+    """Each entry of a dimension repeated: in time, an upsampling by a whole number."""
+    x, times = call.stream("self"), call.arg("repeats")
+    axis = call.arg("dim")
+    call.require(axis is not None, "repeat_interleave of the flattened tensor")
+    axis %= len(x.layout)
+    if axis != x.layout.time:
+        return call.framewise(x.layout.replace(axis, dim(*x.layout[axis], times)))
+    x = call.stream("self", clean=True)
+    return upsample(call, x, times)
+
+
+def upsample(call: Call, x: Value, times: int) -> Value:
+    """Each frame `times` times."""
+    axis = x.layout.time
+
+    def lower(b: object, op: object, windows: list[object], span: range, _: object) -> object:
+        return b.repeat_frames(windows[0], axis, times, span)  # type: ignore[attr-defined]
+
+    value: Value = call.emit(
+        x.layout,
+        [read(x, Taps(1, times))],
+        rate=x.rate * times,
+        length=lambda frames: frames * times,
+        length_of=[x],
+        lower=lower,
+    )
+    return value
+
+
+@rule(aten.unfold.default)
+def unfold(call: Call) -> Fact:
+    """Overlapping windows of a dimension, as a new last dimension."""
+    x = call.stream("self")
+    axis = call.arg("dimension") % len(x.layout)
+    size, step = call.arg("size"), call.arg("step")
+    if axis != x.layout.time:
+        return call.framewise(x.layout.replace(axis, dim(call.out_sizes[axis][0])).insert(-1, dim(size)))
+    x = call.stream("self", clean=True)
+    return call.emit(
+        x.layout.insert(-1, dim(size)),
+        [read(x, Taps(step, 1, 0, size - 1))],
+        rate=x.rate / step,
+        length=lambda frames: (frames - size) // step + 1,
+        length_of=[x],
+        lower=lambda b, op, windows, span, _: b.call(op, windows),
+    )
+
+
+@rule(*overloads("pixel_shuffle.default pixel_unshuffle.default channel_shuffle.default"))
+def pixel_shuffle(call: Call) -> Fact:
+    """Channels to space or back, within frames."""
+    x = call.stream("self")
+    rank = len(x.layout)
+    call.require(x.layout.time < rank - 3, "pixels are shuffled with time")
+    dims = list(x.layout.dims)
+    for i in range(rank - 3, rank):
+        dims[i] = dim(call.out_sizes[i][0])
+    return call.framewise(Layout(tuple(dims)))
+
+
+SAMPLES = [
+    Sample("fold_and_back", lambda: nn.Unflatten(1, (2, 2)), (2, 4, 9), 2),
+    Sample("channel_shuffle", lambda: nn.ChannelShuffle(2), (2, 4, 9, 3), 0),
+]

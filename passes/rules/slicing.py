@@ -1,0 +1,222 @@
+"""Ops that take part of a dimension.
+
+In time: a slice from a fixed frame on is a shift; one that ends before the clip does waits until its frames are sure
+to exist; the last frames, or frames at a fixed place, belong to a clip.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..errors import NonLocal
+from ..layout import TIME, Sizes, dim
+from ..registry import Call, Fact, Sample, Tail, overloads, rule
+from ..schedule import Taps
+from ..stream_graph import Constant, Value, read
+
+aten = torch.ops.aten
+
+
+def bound(given: list[int | None], lengths: Sizes, default: Sizes) -> Sizes:
+    """A slice's bound as seen at each sample point, as a frame index (negative ones counted from the end)."""
+    out = []
+    for g, n, d in zip(given, lengths, default, strict=True):
+        v = d if g is None else g
+        out.append(max(0, min(n, v + n if v < 0 else v)))
+    return tuple(out)
+
+
+def constant(values: Sizes) -> int | None:
+    """The value that is the same at all points, or None."""
+    return values[0] if len(set(values)) == 1 else None
+
+
+@rule(*overloads("slice.Tensor narrow.default slice_copy.Tensor"))
+def slice_(call: Call) -> Fact:
+    """``x[start:end:step]`` of one dimension."""
+    narrow = "narrow" in call.node.target._schema.name  # type: ignore[union-attr]
+    x = call.maybe("self")
+    if x is None:
+        return _table(call, narrow)
+    axis = call.arg("dim", 0) % len(x.layout)
+    if axis != x.layout.time:
+        return call.framewise(x.layout.replace(axis, call.resized(x, axis)))
+    x = call.stream("self", clean=True)
+    starts, ends, step = _bounds(call, x.lengths, narrow)
+    return part(call, x, starts, ends, step)
+
+
+def _bounds(call: Call, lengths: Sizes, narrow: bool) -> tuple[Sizes, Sizes, int]:
+    starts = bound(call.sampled("start"), lengths, (0,) * len(lengths))
+    if narrow:
+        spans = call.sampled("length")
+        return starts, tuple(s + n for s, n in zip(starts, spans, strict=True)), 1
+    given = [None if e is None or e == sys.maxsize else e for e in call.sampled("end")]
+    return starts, bound(given, lengths, lengths), call.arg("step", 1)
+
+
+def part(call: Call, x: Value, starts: Sizes, ends: Sizes, step: int) -> Fact:
+    """Frames ``starts .. ends`` of a stream, every `step`-th."""
+    start = constant(starts)
+    cut = constant(tuple(n - e for n, e in zip(x.lengths, ends, strict=True)))
+    if start is None:
+        tail = constant(tuple(n - s for n, s in zip(x.lengths, starts, strict=True)))
+        if tail is not None and cut == 0 and step == 1:
+            return Tail("the last frames of the clip are read", of=x, first=tail, count=tail, squeeze=False)
+        raise NonLocal("where the slice begins depends on the clip's length")
+    if cut is None:
+        raise NonLocal("the slice takes a fixed number of frames from the start of the clip")
+    if step == 1:
+        return call.view(x, start, lambda frames: frames - start - cut)
+    axis = x.layout.time
+    return call.emit(
+        x.layout,
+        [read(x, Taps(step, 1, start, start))],
+        rate=x.rate / step,
+        length=lambda frames: (frames - cut - start + step - 1) // step,
+        length_of=[x],
+        lower=lambda b, op, windows, span, _: b.every(windows[0].node, axis, step),
+    )
+
+
+def _table(call: Call, narrow: bool) -> Fact:
+    """A slice of something static whose length follows the clip's: a table of positions."""
+    node = call.samples[0]["self"]
+    axis = call.arg("dim", 0) % len(node.meta["val"].shape)
+    sizes = call.sizes_of(node)[axis]
+    starts, ends, step = _bounds(call, sizes, narrow)
+    start = constant(starts)
+    call.require(start is not None and step == 1, "where a table is read from depends on the clip's length")
+    assert start is not None
+    wanted = ends if narrow else tuple(n if e is None else e for e, n in zip(call.sampled("end"), sizes, strict=True))
+    like, length = call.length_like(tuple(w - start for w in wanted))
+    return call.emit(
+        call.static_layout(node).replace(axis, (TIME,)),
+        [],
+        rate=like.rate,
+        length_of=[like],
+        length=length,
+        indexed=True,
+        limit=sizes[0] - start,
+        lower=lambda b, op, windows, span, _: b.table(node, axis, start, sizes[0], op, span),
+    )
+
+
+@rule(*overloads("select.int select_copy.int"))
+def select(call: Call) -> Fact:
+    """One entry of a dimension."""
+    x = call.stream("self")
+    axis = call.arg("dim") % len(x.layout)
+    if axis != x.layout.time:
+        call.arg("index")
+        return call.framewise(x.layout.replace(axis))
+    x = call.stream("self", clean=True)
+    index = call.sampled("index")
+    from_end = constant(tuple(n - (i % n) for n, i in zip(x.lengths, index, strict=True)))
+    if from_end is not None and (len(set(x.lengths)) > 1 or index[0] < 0):
+        return Tail("a frame counted from the end is read", of=x, first=from_end, count=1, squeeze=True)
+    raise NonLocal("a frame at a fixed place of the clip is read")
+
+
+@rule(*overloads("chunk.default split.Tensor split_with_sizes.default split.sizes tensor_split.sections unbind.int"))
+def split(call: Call) -> Fact:
+    """A dimension parted into several results."""
+    x = call.stream("self")
+    axis = call.arg("dim", 0) % len(x.layout)
+    call.require(axis != x.layout.time, "the time axis is split into parts of the clip")
+    if "unbind" in call.node.target._schema.name:  # type: ignore[union-attr]
+        return call.framewise([x.layout.replace(axis)] * len(call.sizes[0]))
+    layouts = [x.layout.replace(axis, dim(size[axis])) for size in call.sizes[0]]
+    return call.framewise(layouts)
+
+
+@rule(aten.diff.default)
+def diff(call: Call) -> Fact:
+    """Differences of neighbouring entries."""
+    x = call.stream("self")
+    axis = call.arg("dim", -1) % len(x.layout)
+    order = call.arg("n", 1)
+    call.require(call.arg("prepend") is None and call.arg("append") is None, "diff with prepended frames")
+    if axis != x.layout.time:
+        return call.framewise(x.layout.replace(axis, call.resized(x, axis)))
+    x = call.stream("self", clean=True)
+    return call.emit(
+        x.layout,
+        [read(x, Taps(1, 1, 0, order))],
+        length=lambda frames: frames - order,
+        length_of=[x],
+        lower=lambda b, op, windows, span, _: b.call(op, windows),
+    )
+
+
+@rule(*overloads("index_select.default"))
+def index_select(call: Call) -> Fact:
+    """Chosen entries of a dimension."""
+    x = call.stream("self")
+    axis = call.arg("dim") % len(x.layout)
+    call.require(axis != x.layout.time, "chosen frames of the clip are read")
+    return call.framewise(x.layout.replace(axis, call.resized(x, axis)))
+
+
+@rule(*overloads("flip.default roll.default"))
+def flip(call: Call) -> Fact:
+    """A dimension turned around or rotated."""
+    x = call.stream("self")
+    dims = [d % len(x.layout) for d in call.arg("dims") or ()]
+    call.require(bool(dims) and x.layout.time not in dims, "the time axis is turned around")
+    return call.framewise(x.layout)
+
+
+@rule(*overloads("sort.default argsort.default topk.default"))
+def sort(call: Call) -> Fact:
+    """Entries of a dimension by size."""
+    x = call.stream("self")
+    axis = call.arg("dim", -1) % len(x.layout)
+    call.require(axis != x.layout.time, "frames are sorted")
+    layout = x.layout.replace(axis, dim(_first(call)[axis]))
+    return call.framewise([layout] * len(call.sizes[0]) if isinstance(call.sizes[0][0], tuple) else layout)
+
+
+def _first(call: Call) -> Any:
+    size = call.sizes[0]
+    return size[0] if isinstance(size[0], tuple) else size
+
+
+@rule(*overloads("slice_scatter.default"))
+def slice_scatter(call: Call) -> Fact:
+    """``x[start:end] = src``: in another dimension than time, framewise; in time, a choice by frame index."""
+    x, src = call.maybe("self"), call.maybe("src")
+    any_ = x or src
+    assert any_ is not None
+    axis = call.arg("dim", 0) % len(any_.layout)
+    if axis != any_.layout.time:
+        return call.framewise(any_.layout)
+    call.require(x is not None and src is not None and x.layout.clean and src.layout.clean, "frames are overwritten")
+    assert x is not None and src is not None
+    starts, ends, step = _bounds(call, x.lengths, narrow=False)
+    start, cut = constant(starts), constant(tuple(n - e for n, e in zip(x.lengths, ends, strict=True)))
+    call.require(start is not None and cut is not None and step == 1, "frames at a fixed place are overwritten")
+    assert start is not None and cut is not None
+    moved = call.view(src, -start, lambda frames: frames + start + cut, Constant(0.0))
+    over = read(moved)
+    return call.emit(
+        x.layout,
+        [read(x), over],
+        length_of=[x],
+        lower=lambda b, op, windows, span, _: b.where_inside(over.levels[0], windows[1], windows[0].node, x.layout),
+    )
+
+
+SAMPLES = [
+    Sample("trim", lambda: _Trim(), (1, 2, 10)),
+]
+
+
+class _Trim(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(batch, channels, time) -> a slice with an offset, a step and an end."""
+        return x[:, :, 1:-2:3]

@@ -1,0 +1,52 @@
+"""Keep nn.RNN, nn.LSTM and nn.GRU one op each while tracing, with the time size open.
+
+The stock python kernels of ``aten.lstm.input`` and its kin loop over time, which fixes T and makes tracing cost
+O(T). While tracing they are replaced by ones that only tell the shapes; the traced program runs the real kernels.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch._C import DispatchKey
+
+aten = torch.ops.aten
+
+
+def _lstm(x: torch.Tensor, hx: list[torch.Tensor], params: Any, biases: bool, layers: int, dropout: float,
+          train: bool, bidirectional: bool, batch_first: bool) -> tuple[torch.Tensor, ...]:  # fmt: skip
+    width = hx[0].shape[-1] * (2 if bidirectional else 1)  # hx[0] knows proj_size
+    return x.new_empty((*x.shape[:-1], width)), hx[0].new_empty(hx[0].shape), hx[1].new_empty(hx[1].shape)
+
+
+def _rnn(x: torch.Tensor, hx: torch.Tensor, params: Any, biases: bool, layers: int, dropout: float,
+         train: bool, bidirectional: bool, batch_first: bool) -> tuple[torch.Tensor, ...]:  # fmt: skip
+    width = hx.shape[-1] * (2 if bidirectional else 1)
+    return x.new_empty((*x.shape[:-1], width)), hx.new_empty(hx.shape)
+
+
+_SHAPES: dict[Any, Callable[..., tuple[torch.Tensor, ...]]] = {
+    aten.lstm.input: _lstm,
+    aten.gru.input: _rnn,
+    aten.rnn_tanh.input: _rnn,
+    aten.rnn_relu.input: _rnn,
+}
+
+
+@contextlib.contextmanager
+def symbolic_recurrence() -> Iterator[None]:
+    """While this is open, tracing sees only the shapes of recurrent layers."""
+    saved = {op: dict(op.py_kernels) for op in _SHAPES}
+    for op, kernel in _SHAPES.items():
+        op.py_kernels[DispatchKey.CompositeImplicitAutograd] = kernel
+        op._dispatch_cache.clear()
+    try:
+        yield
+    finally:
+        for op, kernels in saved.items():
+            op.py_kernels.clear()
+            op.py_kernels.update(kernels)
+            op._dispatch_cache.clear()

@@ -1,0 +1,1 @@
+"""Run time: state, step programs and lanes. Importable without torch."""

@@ -1,0 +1,52 @@
+"""Step programs: what a compiled model runs, and what it keeps between calls."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+
+@dataclass(frozen=True)
+class StateSpec:
+    """One tensor of state.
+
+    Attributes:
+        name: its key in ``get_state()``.
+        dims: its shape: for each dimension (size per lane, constant size), one of them 0.
+        dtype: its dtype.
+        holds: what it is, in words.
+    """
+
+    name: str
+    dims: tuple[tuple[int, int], ...]
+    dtype: torch.dtype
+    holds: str
+
+    def shape(self, batch: int) -> tuple[int, ...]:
+        """The shape for a batch size."""
+        return tuple(per_lane * batch + constant for per_lane, constant in self.dims)
+
+
+@dataclass(frozen=True)
+class OutputSpan:
+    """The frames of an output that a program returns: from index `start` on (as the program counts), so many."""
+
+    start: int
+    frames: int
+
+
+@dataclass(frozen=True)
+class Program:
+    """A pure function ``(frames..., [count, length,] state...) -> (outputs, state)`` and what its results are.
+
+    Attributes:
+        module: the generated GraphModule.
+        outputs: for each output leaf the frames that are returned.
+        wants: which of "count" and "length" it takes.
+    """
+
+    module: Any
+    outputs: list[OutputSpan]
+    wants: tuple[str, ...]

@@ -1,0 +1,68 @@
+"""The state of a stream: named tensors and a counter."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from .errors import StateError
+from .program import StateSpec
+
+COUNT = "count"
+
+
+@dataclass(frozen=True)
+class StreamState:
+    """Where a stream is: ticks consumed, and what is kept (None before the first frame, when nothing is)."""
+
+    count: int = 0
+    tensors: tuple[torch.Tensor, ...] | None = None
+
+
+def allocate(specs: Sequence[StateSpec], batch: int, device: torch.device) -> tuple[torch.Tensor, ...]:
+    """State tensors for a new stream. Their content does not matter: frames before the start are masked."""
+    return tuple(torch.zeros(s.shape(batch), dtype=s.dtype, device=device) for s in specs)
+
+
+def snapshot(state: StreamState, specs: Sequence[StateSpec]) -> dict[str, torch.Tensor]:
+    """A flat dict of copies, nothing shared with the stream."""
+    tensors = {} if state.tensors is None else {s.name: t.clone() for s, t in zip(specs, state.tensors, strict=True)}
+    return {COUNT: torch.tensor(state.count, dtype=torch.int64), **tensors}
+
+
+def restore(snap: dict[str, torch.Tensor], specs: Sequence[StateSpec], device: torch.device) -> StreamState:
+    """The state of a snapshot, copied.
+
+    Raises:
+        StateError: it is not a snapshot of this model.
+    """
+    if not isinstance(snap, dict) or COUNT not in snap:
+        raise StateError("a state is a dict as get_state() returns it, with an entry 'count'")
+    names = set(snap) - {COUNT}
+    wanted = {s.name for s in specs}
+    count = int(snap[COUNT])
+    if count < 0:
+        raise StateError(f"a stream cannot have had {count} frames")
+    if not names and (count == 0 or not wanted):
+        return StreamState(count, None if wanted else ())
+    if names != wanted:
+        raise StateError(
+            f"the state is of another model: missing {sorted(wanted - names)}, unknown {sorted(names - wanted)}"
+        )
+    tensors = []
+    batches: set[int] = set()
+    for spec in specs:
+        t = snap[spec.name]
+        if not isinstance(t, torch.Tensor) or t.dtype != spec.dtype or len(t.shape) != len(spec.dims):
+            raise StateError(f"{spec.name} does not fit: expected {spec.dtype} of rank {len(spec.dims)}")
+        for size, (per_lane, constant) in zip(t.shape, spec.dims, strict=True):
+            if per_lane:
+                batches.add(size // per_lane)
+            elif size != constant:
+                raise StateError(f"{spec.name} does not fit: shape {tuple(t.shape)}")
+        tensors.append(t.detach().clone().to(device))
+    if len(batches) > 1:
+        raise StateError(f"the state's tensors have different batch sizes: {sorted(batches)}")
+    return StreamState(count, tuple(tensors))

@@ -1,0 +1,185 @@
+"""Recurrent nets in one direction, in every layout, with and without their hidden state as output."""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from .sample import Net, Sample, parameter
+
+
+def recurrent(name, build, shape=(2, 9, 3), **fields):
+    fields = {"time_dim": 1, "unbounded": True} | fields
+    return Sample(f"recurrent_{name}", build, shape, **fields)
+
+
+class Output(nn.Module):
+    """Only the sequence of a recurrent module."""
+
+    def __init__(self, memory: nn.Module) -> None:
+        super().__init__()
+        self.memory = memory
+
+    def forward(self, x):
+        return self.memory(x)[0]
+
+
+class LearnedState(nn.Module):
+    """Starts from parameters."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.memory = nn.LSTM(3, 4, num_layers=2, batch_first=True)
+        self.hidden, self.cell = parameter(2, 1, 4), parameter(2, 1, 4)
+
+    def forward(self, x):
+        state = tuple(s.expand(-1, x.shape[0], -1).contiguous() for s in (self.hidden, self.cell))
+        return self.memory(x, state)[0]
+
+
+class Stacked(nn.Module):
+    """GRUs with norms and residuals between, as acoustic models have."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.GRU(4, 4, batch_first=True) for _ in range(2))
+        self.norms = nn.ModuleList(nn.LayerNorm(4) for _ in range(2))
+        self.head = nn.Linear(4, 2)
+
+    def forward(self, x):
+        for layer, norm in zip(self.layers, self.norms, strict=True):
+            x = x + layer(norm(x))[0]
+        return self.head(x)
+
+
+class ConvThenMemory(nn.Module):
+    """Padded, strided convolution, GRU, upsampled again beside the input."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.memory = nn.Conv1d(3, 4, 4, 2, 1), nn.GRU(4, 3, batch_first=True)
+
+    def forward(self, x):  # (B, C, T)
+        y = self.memory(F.relu(self.conv(x)).transpose(1, 2))[0].transpose(1, 2)
+        return x + F.interpolate(y, scale_factor=2)
+
+
+class PaddedMemory(nn.Module):
+    """Frames of padding go through the memory before the first frame and after the last."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.memory = nn.GRU(3, 4, batch_first=True)
+
+    def forward(self, x):
+        return self.memory(F.pad(x, (0, 0, 3, 2), value=0.5))[0]
+
+
+class CellLoop(nn.Module):
+    """A Python loop over time with two LSTM cells."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.LSTMCell(3, 4), nn.LSTMCell(4, 2)
+
+    def forward(self, x):
+        a = (x.new_zeros(x.size(0), 4), x.new_zeros(x.size(0), 4))
+        b = (x.new_zeros(x.size(0), 2), x.new_zeros(x.size(0), 2))
+        outputs = []
+        for frame in x.unbind(1):
+            a = self.first(frame, a)
+            b = self.second(a[0], b)
+            outputs.append(b[0])
+        return torch.stack(outputs, dim=1)
+
+
+class ConvMemory(nn.Module):
+    """A convolutional GRU, written out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gates, self.candidate = nn.Conv2d(4, 4, 3, padding=1), nn.Conv2d(4, 2, 3, padding=1)
+
+    def forward(self, x):  # (B, C, T, H, W)
+        hidden, outputs = torch.zeros_like(x[:, :, 0]), []
+        for t in range(x.shape[2]):
+            update, reset = self.gates(torch.cat([x[:, :, t], hidden], 1)).sigmoid().chunk(2, 1)
+            candidate = self.candidate(torch.cat([x[:, :, t], reset * hidden], 1)).tanh()
+            hidden = (1 - update) * hidden + update * candidate
+            outputs.append(hidden)
+        return torch.stack(outputs, 2)
+
+
+SAMPLES = [
+    recurrent("rnn_tanh", lambda: Output(nn.RNN(3, 4, 2, batch_first=True))),
+    recurrent("rnn_relu", lambda: Output(nn.RNN(3, 4, nonlinearity="relu", bias=False, batch_first=True))),
+    recurrent("gru", lambda: Output(nn.GRU(3, 4, batch_first=True))),
+    recurrent("gru_stacked_time_first", lambda: Output(nn.GRU(3, 4, 3)), (9, 2, 3), time_dim=0, batch_dim=1),
+    recurrent("lstm", lambda: Output(nn.LSTM(3, 4, batch_first=True))),
+    recurrent("lstm_stacked", lambda: Output(nn.LSTM(3, 4, 3, batch_first=True, dropout=0.2))),
+    recurrent("lstm_projected", lambda: Output(nn.LSTM(3, 5, 2, batch_first=True, proj_size=2))),
+    recurrent("lstm_time_first", lambda: Output(nn.LSTM(3, 4)), (8, 2, 3), time_dim=0, batch_dim=1),
+    recurrent(
+        "channels_first",
+        lambda: Net(lambda m, x: m.memory(x.transpose(1, 2))[0].mT, memory=nn.GRU(3, 4, batch_first=True)),
+        (2, 3, 9),
+        time_dim=2,
+    ),
+    recurrent("learned_state", LearnedState),
+    recurrent("stacked_norms", Stacked, (2, 9, 4)),
+    recurrent("conv_and_upsample", ConvThenMemory, (1, 3, 12), time_dim=2, multiple=2),
+    recurrent(
+        "beside_conv",
+        lambda: Net(
+            lambda m, x: m.conv(x) + m.memory(x.mT)[0].mT,
+            conv=nn.Conv1d(3, 4, 5, padding=2),
+            memory=nn.LSTM(3, 4, batch_first=True),
+        ),
+        (2, 3, 9),
+        time_dim=2,
+    ),
+    recurrent("padded", PaddedMemory),
+    recurrent("trimmed", lambda: Net(lambda m, x: m.memory(x)[0][:, 2:-1], memory=nn.GRU(3, 4, batch_first=True))),
+    recurrent("cell_loop", CellLoop, (2, 6, 3)),
+    recurrent("conv_memory_loop", ConvMemory, (1, 2, 5, 3, 3), time_dim=2),
+    recurrent(
+        "gru_with_hidden",
+        lambda: nn.GRU(3, 4, 2, batch_first=True),
+        kind=("stream", "prefix"),
+        output_time_dim=(1, None),
+    ),
+    recurrent(
+        "lstm_with_state",
+        lambda: nn.LSTM(3, 4, batch_first=True),
+        kind=("stream", "prefix", "prefix"),
+        output_time_dim=(1, None, None),
+    ),
+    recurrent(
+        "last_hidden",
+        lambda: Net(
+            lambda m, x: m.head(m.memory(x)[1][-1]), memory=nn.GRU(3, 4, 2, batch_first=True), head=nn.Linear(4, 2)
+        ),
+        kind="prefix",
+        output_time_dim=None,
+    ),
+    recurrent(
+        "last_cell",
+        lambda: Net(lambda m, x: torch.cat(m.memory(x)[1], -1)[0], memory=nn.LSTM(3, 4)),
+        (8, 2, 3),
+        time_dim=0,
+        batch_dim=1,
+        kind="prefix",
+        output_time_dim=None,
+    ),
+    recurrent(
+        "last_output",
+        lambda: Net(
+            lambda m, x: m.memory(m.conv(F.pad(x, (2, 0))).mT)[0][:, -1],
+            conv=nn.Conv1d(3, 4, 3),
+            memory=nn.GRU(4, 3, batch_first=True),
+        ),
+        (2, 3, 8),
+        time_dim=2,
+        kind="prefix",
+        output_time_dim=None,
+    ),
+]
