@@ -5,11 +5,11 @@ A step model that keeps all frames and runs the whole net again would pass every
 
 import pytest
 import torch
-from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from models import SAMPLES, Sample
-from streaming import Case
+from oracle import Oracle
+from streaming import Case, require
 from test_collection import compiled
 
 SPAN = 120  # steps: a multiple of every period in the collection
@@ -18,42 +18,56 @@ STREAMS = [sample for sample in SAMPLES if sample.kind == "stream"]
 
 def warm_up(case: Case) -> int:
     """Steps until every output flows, in whole lengths of the net."""
-    finite = [o.receptive_field for o in case.step.outputs if o.receptive_field < SPAN]
+    finite = [output.receptive_field for output in case.step.outputs if output.receptive_field < SPAN]
     return case.sample.whole(int(max([case.sample.clip_length, *finite])) + 1)
 
 
-def offline_flops(case: Case, steps: int) -> int:
+def offline_work(case: Case, steps: int) -> int:
     clips = case.sample.inputs(steps)
     with FlopCounterMode(display=False) as counter:
         case.model(*clips)
     return counter.get_total_flops()
 
 
-def state_size(case: Case) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
-    return {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in case.step.get_state().items()}
+def check_work(case: Case) -> None:
+    """Operations per step, averaged over whole periods past the warm-up, are at most the offline net's per step."""
+    start = warm_up(case)
+    offline = offline_work(case, start + 2 * SPAN) - offline_work(case, start + SPAN)
+    run = case.run(case.sample.inputs(start + SPAN)).steps_to(start)
+    with FlopCounterMode(display=False) as counter:
+        run.steps_to(start + SPAN)
+    stepping = counter.get_total_flops()
+    require(stepping <= offline, f"{stepping / SPAN:.1f} operations per step, offline {offline / SPAN:.1f}")
+
+
+def check_state_size(case: Case, steps: int = 40) -> None:
+    """Names, shapes and types of the state are those after the first step."""
+
+    def sizes() -> dict[str, tuple[torch.Size, torch.dtype]]:
+        return {name: (tensor.shape, tensor.dtype) for name, tensor in case.step.get_state().items()}
+
+    run = case.run(case.sample.inputs(steps)).steps_to(1)
+    first = sizes()
+    while run.position < steps:
+        run.forward_step()
+        require(sizes() == first, f"the state is {sizes()} after step {run.position}, {first} after the first")
 
 
 @pytest.mark.parametrize("sample", STREAMS, ids=lambda sample: sample.name)
 @torch.no_grad()
-def test_steps_cost_no_more_than_the_clip(sample: Sample) -> None:
-    """Multiply-adds per step, averaged over whole periods past the warm-up, against the offline net's per step."""
-    case = compiled(sample.name)
-    start = warm_up(case)
-    offline = offline_flops(case, start + 2 * SPAN) - offline_flops(case, start + SPAN)
-    run = case.run(sample.inputs(start + SPAN)).steps_to(start)
-    with FlopCounterMode(display=False) as counter:
-        run.steps_to(start + SPAN)
-    stepping = counter.get_total_flops()
-    assert stepping <= offline, f"{stepping / SPAN:.0f} operations per step, offline {offline / SPAN:.0f}"
+def test_no_work_is_done_twice(sample: Sample) -> None:
+    check_work(compiled(sample.name))
 
 
 @pytest.mark.parametrize("sample", SAMPLES, ids=lambda sample: sample.name)
 @torch.no_grad()
 def test_state_keeps_its_size(sample: Sample) -> None:
-    case = compiled(sample.name)
-    run = case.run(sample.inputs(40)).steps_to(1)
-    first = state_size(case)
-    assert all(isinstance(tensor, Tensor) for tensor in case.step.get_state().values())
-    while run.position < 40:
-        run.forward_step()
-        assert state_size(case) == first, f"after step {run.position}"
+    check_state_size(compiled(sample.name))
+
+
+@pytest.mark.parametrize("check", [check_work, check_state_size])
+@torch.no_grad()
+def test_recomputing_everything_is_found(check) -> None:
+    sample = next(sample for sample in STREAMS if sample.name == "conv1d_valid")
+    with pytest.raises(AssertionError):
+        check(Case(sample, Oracle(sample), sample.model()))

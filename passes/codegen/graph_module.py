@@ -202,7 +202,7 @@ class Builder:
         for name, value in overrides.items():
             bound[name] = value
         mapped = {
-            k: v if k in overrides else map_arg(self.numbers(op.node, k, v), substitute) for k, v in bound.items()
+            k: v if k in overrides else self.numbers(op.node, k, map_arg(v, substitute)) for k, v in bound.items()
         }
         args, kwargs = unbind(op.node.target, mapped)
         return self.emit(op.node.target, *args, **kwargs)
@@ -332,7 +332,7 @@ class Builder:
         if node.target is operator.getitem:
             source = value_of(node.args[0])
             return source[node.args[1]] if isinstance(source, (list, tuple)) else self.getitem(source, node.args[1])  # type: ignore[arg-type,index]
-        bound = {k: map_arg(self.numbers(node, k, v), value_of) for k, v in node.meta["samples"][0].items()}
+        bound = {k: self.numbers(node, k, map_arg(v, value_of)) for k, v in node.meta["samples"][0].items()}
         args, kwargs = unbind(node.target, bound)
         return self.emit(node.target, *args, **kwargs)
 

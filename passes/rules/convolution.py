@@ -125,7 +125,7 @@ def transposed_convolution(call: Call) -> Fact:
     }
     bias = call.samples[0].get("bias")
 
-    def lower(b: Any, op: Any, windows: Any, at: range, carries: list[fx.Node]) -> tuple[fx.Node, list[fx.Node]]:
+    def lower(b: Any, op: Any, windows: Any, at: range, carries: list[fx.Node]) -> Any:
         frames = len(at)
         full = b.call(op, windows, bias=None, **spatial)
         got = (frames // s - 1) * s + reach
@@ -154,7 +154,7 @@ def transposed_convolution(call: Call) -> Fact:
                 ]
         if bias is not None:
             done = b.aten("add.Tensor", done, b.view_as_channel(b.static(bias), len(layout) - n - 1, len(layout)))
-        return done, rest
+        return (done, rest) if carries else done
 
     carried = Carry("overlap", layout.replace(time, dim(reach - s)), call.dtype(), 0.0)
     raw: Value = call.emit(

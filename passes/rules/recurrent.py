@@ -12,7 +12,7 @@ from torch import fx, nn
 
 from ..layout import TIME, Layout, dim
 from ..registry import Call, Carry, Fact, Sample, Static, Tail, rule
-from ..stream_graph import read
+from ..stream_graph import Window, read
 
 aten = torch.ops.aten
 
@@ -37,19 +37,19 @@ def recurrent(call: Call) -> Fact:
     ]
     needs_hidden = any(u.args[1] > 0 for u in call.node.users)
 
-    def run(b: Any, op: Any, window: fx.Node, state: list[fx.Node]) -> tuple[fx.Node, list[fx.Node]]:
+    def run(b: Any, op: Any, window: Window, state: list[fx.Node]) -> tuple[fx.Node, list[fx.Node]]:
         got = b.call(op, [window], hx=state if lstm else state[0])
         return b.getitem(got, 0), [b.getitem(got, 1 + i) for i in range(len(state))]
 
     def lower(b: Any, op: Any, windows: Any, span: range, carries: list[fx.Node]) -> tuple[Any, list[fx.Node]]:
-        window, state = windows[0].node, carries
+        window, state = windows[0], carries
         if not needs_hidden and not b.holding:
             y, state = run(b, op, window, state)
             return (y, *[None] * len(state)), state
         outputs: list[fx.Node] = []
         hidden: list[list[fx.Node]] = []
         for i, j in enumerate(span):
-            y, after = run(b, op, b.narrow(window, time, i, 1), state)
+            y, after = run(b, op, Window(b.narrow(window.node, time, i, 1), j, j + 1), state)
             state = b.hold(op, j, after, state)
             outputs.append(y)
             hidden.append([b.aten("unsqueeze.default", s, 0) for s in state])

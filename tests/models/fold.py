@@ -118,7 +118,7 @@ class Positions(nn.Module):
 
     def __init__(self, dim: int = 4) -> None:
         super().__init__()
-        self.table, self.lookup = parameter(1, 200, dim), nn.Embedding(200, dim)
+        self.table, self.lookup = parameter(1, 400, dim), nn.Embedding(400, dim)
         self.linear = nn.Linear(dim, dim)
 
     def forward(self, x):
