@@ -34,6 +34,9 @@ def make_clock(
         raise InputError("no input has a time axis")
     if min(lengths) == 0:
         raise InputError("a clip of no frames")
+    # where time comes first, the batch is second
+    batches = tuple((1 if x.dim() > 1 and t == 0 else None) if b == t and t is not None else b
+                    for x, t, b in zip(example, times, batches, strict=True))  # fmt: skip
     ticks = gcd(*lengths)
     frames = tuple(1 if t is None else x.shape[t] // ticks for x, t in zip(example, times, strict=True))
     return Clock(times, batches, frames), ticks
@@ -149,14 +152,18 @@ class InputSpec:
             for x, t, k in zip(inputs, self.times, self.frames, strict=True)
         ]
 
-    def templates(self, inputs: Sequence[torch.Tensor], frames: bool) -> list[torch.Tensor]:
-        """Inputs from which `zeros` takes shapes."""
-        return list(inputs)
+    def untimed(self, inputs: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
+        """Copies of the inputs that have no time axis."""
+        return tuple(x.clone() for x, t in zip(inputs, self.times, strict=True) if t is None)
 
-    def blank(self, batch: int | None) -> list[torch.Tensor]:
-        """Inputs of the traced shapes, for a batch size."""
+    def blank(self, batch: int | None, untimed: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """Inputs of the traced shapes, for a batch size; those without time as given."""
         out = []
-        for shape, dtype, b in zip(self.shapes, self.dtypes, self.batches, strict=True):
+        held = iter(untimed)
+        for shape, dtype, t, b in zip(self.shapes, self.dtypes, self.times, self.batches, strict=True):
+            if t is None:
+                out.append(next(held))
+                continue
             size = list(shape)
             if b is not None and batch is not None:
                 size[b] = batch

@@ -126,6 +126,7 @@ class StepModule(nn.Module):
         self._compiled: Compiled | None = None
         self._example: tuple[torch.Tensor, ...] = ()
         self._ticks = 0
+        self._held: tuple[torch.Tensor, ...] = ()  # the last call's inputs without time, for `flush`
 
     # -- tracing -----------------------------------------------------------------------------------------------------
 
@@ -225,7 +226,7 @@ class StepModule(nn.Module):
         parts, state = compiled.advance(self._state, frames, 1, None, frames=True)
         out = compiled.pack([p[0] if p else None for p in parts], stacked=False)
         if update_state:
-            self._state = state
+            self._state, self._held = state, compiled.spec.untimed(frames)
         return out
 
     def forward_steps(self, *chunks: torch.Tensor, pad_end: bool = False, update_state: bool = True) -> Any:
@@ -244,11 +245,11 @@ class StepModule(nn.Module):
         compiled.spec.check(chunks, ticks, self._batch_now(compiled), frames=False)
         parts, state = compiled.advance(self._state, chunks, ticks, None, frames=False)
         if pad_end:
-            tail = compiled.flush(state, compiled.spec.templates(chunks, frames=False))
+            tail = compiled.flush(state, chunks)
             parts = [a + b for a, b in zip(parts, tail, strict=True)]
         out = compiled.pack(compiled.join(parts), stacked=True)
         if update_state:
-            self._state = state
+            self._state, self._held = state, compiled.spec.untimed(chunks)
         return out
 
     def flush(self) -> Any:
@@ -256,7 +257,7 @@ class StepModule(nn.Module):
         if self._compiled is None or self._state.count == 0 or self._state.tensors is None:
             return None
         compiled = self.compiled
-        templates = compiled.spec.blank(self._batch_now(compiled))
+        templates = compiled.spec.blank(self._batch_now(compiled), self._held)
         return compiled.pack(compiled.join(compiled.flush(self._state, templates)), stacked=True)
 
     def _batch_now(self, compiled: Compiled) -> int | None:
@@ -439,7 +440,7 @@ class Compiled:
         key = Key(
             phase,
             ticks,
-            masked=self.masks and (length is not None or state.count < schedule.settled),
+            masked=self.masks and (first or length is not None or state.count < schedule.settled),
             first=first,
             holding=state.count < schedule.sequential_from,
             frames=frames,

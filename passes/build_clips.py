@@ -169,9 +169,14 @@ def _time_axis(facts: Facts, leaf: fx.Node) -> int | None:
     if len(by_length) > 1:
         rows = list(by_length.values())
         moving = [i for i, s in enumerate(zip(*rows, strict=True)) if len(set(s)) > 1]
-        return moving[0] if moving else None
-    time = facts.streams.inputs[0].layout.time
-    sizes = leaf.meta["sizes"][0]
+        if moving and not (isinstance(fact, InClip) and fact.spectral):
+            return moving[0]
+    clock = facts.streams.inputs[0]
+    time, sizes = clock.layout.time, leaf.meta["sizes"][0]
+    if len(sizes) == len(clock.layout) and sizes[time] == 1:
+        return time  # pooled over, and kept as a dimension of size 1
+    if len(by_length) > 1:
+        return None
     lengths = {v.lengths[0] for v in facts.streams.values if v.lengths[0] > 1}
     return time if len(sizes) > time and sizes[time] in lengths else None
 

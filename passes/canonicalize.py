@@ -57,10 +57,22 @@ def canonicalize(capture: Capture) -> fx.Graph:
         if node.target in _NO_OPS or _keeps(node):
             env[node] = env[node.args[0]]
             continue
+        if node.target is aten.slice_scatter.default and _alike(node.args[1], value):
+            env[node] = env[node.args[1]]  # all of it is overwritten
+            continue
         written = node.args[0] if _writes(node) else None
         target = functional(node.target)
+        target = _RESHAPES.get(target, target)
         args = map_arg(node.args, lambda n: env[n])
         kwargs = map_arg(node.kwargs, lambda n: env[n])
+        if target in _FILLS:
+            target, args, kwargs = _as_full(target, args, kwargs, value)
+        elif target is aten.copy.default and _alike(node.args[1], value):
+            env[node] = args[1]  # all of it is overwritten
+            continue
+        elif target in (aten.copy.default, aten.fill.Tensor):
+            sizes = [Number(s) for s in value.shape]
+            target, args, kwargs = aten.expand.default, (args[1], sizes), {}
         new = _make(graph, node, target, args, kwargs, capture)
         env[node] = new
         if written is not None:
@@ -69,6 +81,42 @@ def canonicalize(capture: Capture) -> fx.Graph:
     graph.eliminate_dead_code()
     graph.lint()
     return graph
+
+
+# a program's tensors need not have the strides that were traced
+_RESHAPES = {aten.view.default: aten.reshape.default, aten._unsafe_view.default: aten.reshape.default}
+
+# tensors of one number, some shaped like another: where the number stands among the arguments
+_FILLS: dict[Any, float | str] = {
+    aten.zeros_like.default: 0,
+    aten.ones_like.default: 1,
+    aten.empty_like.default: 0,
+    aten.full_like.default: "fill_value",
+    aten.new_zeros.default: 0,
+    aten.new_ones.default: 1,
+    aten.new_empty.default: 0,
+    aten.new_full.default: "fill_value",
+    aten.zeros.default: 0,
+    aten.ones.default: 1,
+    aten.empty.memory_format: 0,
+    aten.fill.Scalar: "value",
+    aten.zero.default: 0,
+}
+
+
+def _alike(node: Any, value: torch.Tensor) -> bool:
+    """Whether a tensor has the shape and dtype of another."""
+    given = node.meta.get("val") if isinstance(node, fx.Node) else None
+    return isinstance(given, torch.Tensor) and given.dtype == value.dtype and str(given.shape) == str(value.shape)
+
+
+def _as_full(target: Any, args: Any, kwargs: Any, value: torch.Tensor) -> tuple[Any, Any, Any]:
+    """Any such op as ``aten.full``: it depends on sizes alone."""
+    number = _FILLS[target]
+    if isinstance(number, str):
+        number = bind(target, args, kwargs)[number]
+    sizes = [Number(s) for s in value.shape]
+    return aten.full.default, (sizes, number), {"dtype": value.dtype, "device": value.device}
 
 
 class Number:

@@ -27,6 +27,7 @@ from torch.utils import _pytree as pytree
 
 from .errors import CaptureError
 from .inline_regions import inline_regions
+from .registry import NEEDS_NO_RULE, find_rule
 from .symbolic_recurrence import symbolic_recurrence
 
 TIME_LIMIT = 300.0  # seconds that one way of tracing may take
@@ -122,9 +123,25 @@ def _export(model: nn.Module, inputs: tuple[torch.Tensor, ...], dims: list[dict[
             strict=False,
             prefer_deferred_runtime_asserts_over_guards=True,
         )
-        if needs_functionalization(program.graph):
-            program = program.run_decompositions({})
+        unknown = {
+            n.target
+            for n in program.graph.nodes
+            if n.op == "call_function" and isinstance(n.meta.get("val"), torch.Tensor) and find_rule(n.target) is None
+        }
+        known_to_torch = torch.export.default_decompositions()
+        decompose = {op: known_to_torch[op] for op in unknown if op in known_to_torch and _composite(op)}
+        if decompose or needs_functionalization(program.graph):
+            program = program.run_decompositions(decompose)
     return program
+
+
+def _composite(op: Any) -> bool:
+    """Whether an op is only a name for others."""
+    return (
+        isinstance(op, torch._ops.OpOverload)
+        and op not in NEEDS_NO_RULE
+        and torch._C._dispatch_has_kernel_for_dispatch_key(op.name(), "CompositeImplicitAutograd")
+    )
 
 
 def _dynamic_shapes(model: nn.Module, dims: list[dict[int, Any]]) -> Any:

@@ -20,6 +20,7 @@ from torch.utils import _pytree as pytree
 from .build_clips import build_clips
 from .canonicalize import canonicalize
 from .capture import Capture, Clock, capture
+from .compare_lengths import compare_lengths
 from .codegen.graph_module import Constants, state_specs
 from .errors import NonLocalError, Refusal, RefusedError
 from .propagate_facts import Facts, propagate_facts
@@ -121,6 +122,8 @@ def compile_plan(
     """
     captured = capture(model, example, clock, ticks, batch)
     graph = canonicalize(captured)
+    if not captured.symbolic_time:
+        compare_lengths(graph, captured, lambda longer: capture(model, example, clock, longer, batch))
     facts = propagate_facts(graph, captured, clock)
     leaves = list(pytree.tree_leaves(graph.output_node().args[0]))
     values = _values(facts, leaves, equivalence, newest)

@@ -17,7 +17,7 @@ from torch import fx
 from .capture import Capture, Clock
 from .errors import NonLocal, Refusal, Refuse
 from .layout import BATCH, TIME, Layout, Unshapeable, dim
-from .registry import Call, Fact, InClip, Static, find_rule
+from .registry import Call, Fact, Head, InClip, Static, Tail, find_rule, takes_edges
 from .stream_graph import StreamGraph, Value
 
 
@@ -76,10 +76,13 @@ def _fact(node: fx.Node, facts: Facts, capture: Capture) -> Fact:
         return source[node.args[1]] if isinstance(source, tuple) else source
     flat = [f for g in given for f in (g if isinstance(g, tuple) else (g,))]
     ended = next((f for f in flat if isinstance(f, InClip)), None)
-    if ended is not None:
-        return InClip(ended.reason)
+    understood = takes_edges(node.target) and any(isinstance(f, Value) for f in flat)
+    understood = understood and all(isinstance(f, (Head, Tail, Value, Static)) for f in flat)
+    if ended is not None and not understood:
+        spectral = any(isinstance(f, InClip) and f.spectral for f in flat) or "fft" in str(node.target)
+        return InClip(ended.reason, spectral=spectral)
     call = Call(node, facts.streams, facts.of, node.meta["samples"], node.meta["sizes"])
-    if not any(isinstance(f, Value) for f in flat) and not _depends_on_length(node, facts.streams):
+    if ended is None and not any(isinstance(f, Value) for f in flat) and not _depends_on_length(node, facts.streams):
         if torch.Tag.nondeterministic_seeded not in getattr(node.target, "tags", ()):
             return Static()
     known = len(facts.streams.ops), len(facts.streams.values)
@@ -92,7 +95,7 @@ def _fact(node: fx.Node, facts: Facts, capture: Capture) -> Fact:
         return fact
     except (NonLocal, Unshapeable) as why:
         del facts.streams.ops[known[0] :], facts.streams.values[known[1] :]
-        return InClip(str(why))
+        return InClip(str(why), spectral="fft" in str(node.target))
     except Refuse as why:
         facts.refusals.append(Refusal("RefusedError", str(why), node, why.hint))
         return InClip(str(why))

@@ -13,7 +13,7 @@ A rule is a function from a `Call` to its fact: a `Value`, a tuple of facts for 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fractions import Fraction
 from typing import Any
 
@@ -39,6 +39,7 @@ class InClip:
     """Depends on the clip as a whole: evaluated offline on each clip. `reason` is what ended the stream."""
 
     reason: str
+    spectral: bool = field(default=False, kw_only=True)  # frequencies have taken the place of time
 
 
 @dataclass(frozen=True)
@@ -68,6 +69,30 @@ class Sample:
     multiple: int = 1
 
 
+# ops that leave the graph before rules are asked, or that only make static values
+NEEDS_NO_RULE = {
+    torch.ops.aten.dropout.default,
+    torch.ops.aten.feature_dropout.default,
+    torch.ops.aten.alpha_dropout.default,
+    torch.ops.aten.feature_alpha_dropout.default,
+    torch.ops.aten.contiguous.default,
+    torch.ops.aten.to.dtype,
+    torch.ops.aten.type_as.default,
+    torch.ops.aten._weight_norm.default,
+}
+@dataclass(frozen=True)
+class Head(InClip):
+    """The first frames of a stream: ``0 .. count-1``, as one that is put before the stream needs them.
+
+    Attributes:
+        of: the stream.
+        count: how many.
+    """
+
+    of: Value
+    count: int
+
+
 _RULES: dict[torch._ops.OpOverload, Rule] = {}
 
 
@@ -91,6 +116,14 @@ def rule(*overloads: torch._ops.OpOverload) -> Callable[[Rule], Rule]:
     return register
 
 
+_TAKES_EDGES: set[Any] = set()
+
+
+def edges(*overloads: torch._ops.OpOverload) -> None:
+    """Say that the rules of these overloads understand `Head` and `Tail` facts of their arguments."""
+    _TAKES_EDGES.update(overloads)
+
+
 def overloads(names: str) -> Iterable[torch._ops.OpOverload]:
     """The ATen overloads named ``"relu.default add.Tensor ..."``, less those that this torch does not have."""
     for name in names.split():
@@ -98,6 +131,11 @@ def overloads(names: str) -> Iterable[torch._ops.OpOverload]:
         found = getattr(getattr(torch.ops.aten, packet, None), overload, None)
         if found is not None:
             yield found
+
+
+def takes_edges(target: Any) -> bool:
+    """Whether a rule understands the first or last frames of a stream as an argument."""
+    return target in _TAKES_EDGES
 
 
 def find_rule(target: Any) -> Rule | None:
@@ -231,6 +269,7 @@ class Call:
         limit: int | None = None,
         dtypes: Sequence[torch.dtype] | None = None,
         nodes: Sequence[fx.Node] | None = None,
+        masked_until: int = 0,
     ) -> Any:
         """Append an op; returns its value, or a tuple of values if several layouts are given.
 
@@ -244,6 +283,7 @@ class Call:
             indexed, padded, memory: see `Value`; it is so by itself, whatever it reads.
             dtypes: of the results, where the traced node does not tell.
             nodes: the traced arguments that the reads stand for; default all that are streams.
+            masked_until: its first so many frames are made by a masked program, whatever it reads.
         """
         several = not isinstance(layout, Layout)
         layouts: Sequence[Layout] = layout if several else [layout]  # type: ignore[list-item,assignment]
@@ -251,7 +291,7 @@ class Call:
         length = length or (lambda n, *_: n)
         inputs = [r.source for r in reads] + list(sources)
         op = Op(self.node.name, self.node, list(reads), lower, [], list(carries), sequential, limit)
-        op.several = several
+        op.several, op.masked_until = several, masked_until
         op.stream_nodes = list(self.stream_nodes if nodes is None else nodes)
         for i, one in enumerate(layouts):
             value = Value(
@@ -388,6 +428,7 @@ __all__ = [
     "Carry",
     "Constant",
     "Fact",
+    "Head",
     "InClip",
     "Sample",
     "Static",

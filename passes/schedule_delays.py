@@ -138,8 +138,8 @@ def _settled(schedule: Schedule) -> tuple[int, int]:
         for r in op.reads:
             if r.levels:
                 settled = max(settled, _first(schedule, op, lambda j, r=r: r.kept_taps.lo(j) >= _start(r)))
-        if op.carries:
-            settled = max(settled, _first(schedule, op, lambda j: j >= 1))
+        if op.carries or op.masked_until:
+            settled = max(settled, _first(schedule, op, lambda j, op=op: j >= max(1, op.masked_until)))
         if op.sequential:
             sequential = max(sequential, _first(schedule, op, lambda j: j >= 0))
     return settled, sequential

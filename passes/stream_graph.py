@@ -202,6 +202,7 @@ class Op:
         limit: the number of frames after which it has no more to give (tables).
         stream_nodes: the traced arguments that the reads stand for, in the same order.
         several: the traced op returns a tuple.
+        masked_until: its first so many frames need a masked program, whatever it reads.
         clip: what it evaluates, if it recomputes a clip.
     """
 
@@ -215,6 +216,7 @@ class Op:
     limit: int | None = None
     stream_nodes: list[fx.Node] = field(default_factory=list)
     several: bool = False
+    masked_until: int = 0
     clip: Clip | None = None
 
 

@@ -227,10 +227,9 @@ def check_aliasing(case: Case) -> None:
 
 
 def check_attributes(case: Case) -> None:
-    """Equivalence, delay, stride and padding are declared as they are measured."""
+    """Delay, stride and padding are declared as they are measured."""
     step, run = case.step, case.run(case.sample.inputs(case.sample.length)).steps_to(case.sample.length)
     for i, (kind, declared) in enumerate(zip(case.kinds, step.outputs, strict=True)):
-        require(declared.equivalence == kind, f"output {i}: equivalence {declared.equivalence}, expected {kind}")
         first = next((t for t, counts in enumerate(run.counts) if counts[i]), None)
         require(declared.delay == first, f"output {i}: delay {declared.delay}, but the first output is at step {first}")
         if kind == "stream":
@@ -259,22 +258,22 @@ def measured(case: Case) -> list[tuple[int, Reach]]:
 
 
 def check_latency(case: Case) -> None:
-    """No output comes later than the step at which it is fixed and certain to exist."""
-    length = case.sample.length
+    """No output comes later than the step at which it is fixed and certain to exist (or the sample's lag after it)."""
+    length, lag = case.sample.length, case.sample.lag
     run = case.run(case.sample.inputs(length)).steps_to(length)
     for i, reach in measured(case):
         came = [t for t, counts in enumerate(run.counts) for _ in range(counts[i])]
-        for j, due in enumerate(due for due in reach.due() if due < length):
+        for j, due in enumerate(due for due in reach.due() if due + lag < length):
             require(j < len(came), f"output {i}, frame {j} waits for the flush; it was due at step {due}")
-            require(came[j] <= due, f"output {i}, frame {j} comes at step {came[j]}; it was due at step {due}")
+            require(came[j] <= due + lag, f"output {i}, frame {j} comes at step {came[j]}; it was due at step {due}")
 
 
 def check_receptive_field(case: Case) -> None:
     """No output depends on more steps than declared; where the sample is exact, some output on all of them."""
     for i, reach in measured(case):
         declared, span = case.step.outputs[i].receptive_field, reach.span()
-        require(math.isinf(declared) == case.sample.unbounded, f"output {i}: receptive field {declared}")
-        exact = case.sample.exact and not case.sample.unbounded
+        require(math.isinf(declared) == case.sample.is_unbounded(i), f"output {i}: receptive field {declared}")
+        exact = case.sample.exact and not math.isinf(declared)
         fits = declared == span if exact else declared >= span
         require(fits, f"output {i}: receptive field {declared}, but {span} measured")
 

@@ -45,7 +45,7 @@ class Oracle:
         for i, reach in zip(self.case.streams, measure_reach(self.case, self.horizon), strict=True):
             self.due[i] = reach.due()
             self.outputs[i].stride = 1 / steady_rate(self.case, i)
-            self.outputs[i].receptive_field = math.inf if sample.unbounded else reach.span()
+            self.outputs[i].receptive_field = math.inf if sample.is_unbounded(i) else reach.span()
         for i, output in enumerate(self.outputs):
             if output.equivalence == "first-clip":  # a window over features is due with the last of them
                 features = Case(replace(sample, kind="stream", output_time_dim="same"), self, self.model.features)

@@ -7,6 +7,7 @@ value, and sometimes another, is the output. All values are (batch, channels, ti
 import math
 from dataclasses import dataclass
 from fractions import Fraction
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -160,12 +161,19 @@ def networks(draw: st.DrawFn, most: int = 7) -> Sample:
     clip_length = shortest_clip(RandomNet(tuple(chosen), outputs)) + 4
     return Sample(
         name=f"random {'+'.join(layer.kind for layer in chosen)}",
-        build=lambda: RandomNet(tuple(chosen), outputs),
+        build=partial(RandomNet, tuple(chosen), outputs),  # so that a failure prints what makes it again
         shapes=(1, WIDTH, clip_length),
         length=clip_length + draw(small(9, 20)),
-        unbounded=any(layer.kind in ("gru", "cumsum") for layer in chosen),
+        unbounded=tuple(remembers(tuple(chosen), i) for i in outputs),
         exact=False,
+        lag=0 if all(layer.mode == "zeros" for layer in chosen) else 99,  # mirrored frames are waited for
     )
+
+
+def remembers(chosen: tuple[Layer, ...], i: int) -> bool:
+    """Value i depends on all frames so far."""
+    layer = chosen[i - 1]
+    return i > 0 and (layer.kind in ("gru", "cumsum") or any(remembers(chosen, source) for source in layer.sources))
 
 
 def fits(chosen: tuple[Layer, ...]) -> bool:

@@ -67,7 +67,8 @@ def exchange_step(sample: Sample, clips: Sequence[Tensor], other: Sequence[Tenso
 def mark_certain(case: Case, clips: Sequence[Tensor], base: list[Frames], reaches: list[Reach]) -> None:
     """A frame is certain when every longer clip has it, and with this value: the length alone may change what is there.
 
-    Lengths at which the module does not run say nothing; a frame may come at the next one at which it does.
+    Before the first length at which the module runs nothing is certain. Later lengths at which it does not run say
+    nothing; a frame may come at the next one at which it does.
     """
     steps, shorter = case.sample.steps(clips), {}
     for n in range(1, case.sample.steps(clips) + 1):
@@ -78,7 +79,7 @@ def mark_certain(case: Case, clips: Sequence[Tensor], base: list[Frames], reache
     for i, (reach, frames) in enumerate(zip(reaches, base, strict=True)):
         for j, frame in enumerate(frames):
             there = {n: outputs[i][j] for n, outputs in shorter.items() if len(outputs[i]) > j}
-            missing = max(shorter.keys() - there.keys(), default=0)
+            missing = max(shorter.keys() - there.keys(), default=min(shorter, default=steps) - 1)
             differs = max((n for n, value in there.items() if not same(value, frame)), default=-1)
-            exists = min((n for n in shorter if n > missing), default=steps) - 1 if missing else -1
+            exists = min((n for n in shorter if n > missing), default=steps) - 1
             reach.certain[j] = max(exists, differs)

@@ -74,8 +74,10 @@ class Case:
         """Per output: what the sample demands, or the alternative that the step model declares."""
         demanded = self.sample.kinds(len(self.example[0]))
         require(len(self.step.outputs) == len(demanded), f"step.outputs has {len(self.step.outputs)} entries")
-        declared = [output.equivalence for output in self.step.outputs]
-        return [d if d == self.sample.or_kind else k for k, d in zip(demanded, declared, strict=True)]
+        for i, (kind, output) in enumerate(zip(demanded, self.step.outputs, strict=True)):
+            fits = output.equivalence in (kind, self.sample.or_kind)
+            require(fits, f"output {i} is declared {output.equivalence!r}, expected {kind!r}")
+        return [output.equivalence for output in self.step.outputs]
 
     @property
     def streams(self) -> list[int]:

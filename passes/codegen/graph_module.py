@@ -190,8 +190,8 @@ class Builder:
         """Zeros after the last frame."""
         return self.aten("constant_pad_nd.default", node, [0, 0] * (len(layout) - 1 - layout.time) + [0, frames])
 
-    def call(self, op: Op, windows: list[Window], **overrides: Any) -> fx.Node:
-        """The op's own traced call on the windows of its streams, with some arguments replaced."""
+    def call(self, op: Op, windows: list[Window], target: Any = None, **overrides: Any) -> fx.Node:
+        """The op's own traced call on the windows of its streams, with some arguments (or the overload) replaced."""
         assert op.node is not None
         replaced = {n: w.node for n, w in zip(op.stream_nodes, windows, strict=False)}
 
@@ -204,8 +204,9 @@ class Builder:
         mapped = {
             k: v if k in overrides else self.numbers(op.node, k, map_arg(v, substitute)) for k, v in bound.items()
         }
-        args, kwargs = unbind(op.node.target, mapped)
-        return self.emit(op.node.target, *args, **kwargs)
+        target = target or op.node.target
+        args, kwargs = unbind(target, mapped)
+        return self.emit(target, *args, **kwargs)
 
     def numbers(self, node: fx.Node, name: str, value: Any) -> Any:
         """An argument with the numbers that follow the batch size computed from it."""

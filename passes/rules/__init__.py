@@ -1,6 +1,7 @@
 """One file per op family. Importing this package fills the registry."""
 
 from . import (
+    attention,
     convolution,
     creation,
     cumulative,
@@ -18,6 +19,7 @@ from . import (
 )
 
 FAMILIES = (
+    attention,
     convolution,
     creation,
     cumulative,

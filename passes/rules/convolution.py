@@ -69,7 +69,7 @@ def convolution(call: Call) -> Fact:
     span = d * (k - 1)
 
     def lower(b: Any, op: Any, windows: Any, at: range, _: Any) -> fx.Node:
-        return b.call(op, windows, padding=padding)
+        return b.call(op, windows, target=_WITH_NUMBERS.get(op.node.target), padding=padding)
 
     return call.emit(
         layout,
@@ -82,13 +82,20 @@ def convolution(call: Call) -> Fact:
     )
 
 
+_WITH_NUMBERS = {
+    aten.conv1d.padding: aten.conv1d.default,
+    aten.conv2d.padding: aten.conv2d.default,
+    aten.conv3d.padding: aten.conv3d.default,
+}
+
+
 def _padding(
     call: Call, kernel: Any, dilation: list[int], axis: int, n: int
-) -> tuple[int, int, list[int] | str]:
+) -> tuple[int, int, list[int]]:
     """Padding in time (left, right), and the padding argument with none in time."""
     given = call.arg("padding", 0)
     if given == "valid":
-        return 0, 0, "valid"
+        return 0, 0, [0] * n
     if given == "same":
         total = [dilation[i] * (kernel[i] - 1) for i in range(n)]
         left, right = total[axis] // 2, total[axis] - total[axis] // 2

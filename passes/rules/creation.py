@@ -36,7 +36,7 @@ def arange(call: Call) -> Fact:
     )
 
 
-@rule(*overloads("zeros.default ones.default full.default empty.memory_format new_zeros.default new_ones.default new_full.default new_empty.default scalar_tensor.default"))
+@rule(aten.full.default)
 def full(call: Call) -> Fact:
     """The same number everywhere: every frame is alike."""
     sizes = call.out_sizes
@@ -46,8 +46,7 @@ def full(call: Call) -> Fact:
     like, length = call.length_like(sizes[axis])
     dims = [(TIME,) if i == axis else from_sizes([s], call.graph.batch)[0] for i, s in enumerate(sizes)]
     layout = Layout(tuple(dims))
-    name = call.node.target._schema.name  # type: ignore[union-attr]
-    number = call.samples[0].get("fill_value", 1.0 if "ones" in name else 0.0)
+    number = call.arg("fill_value")
     dtype = call.dtype()
     return call.emit(
         layout,

@@ -41,15 +41,14 @@ def nearest(call: Call) -> Fact:
         return _framewise(call, x, n)
     x = call.stream(_tensor(call), clean=True)
     times = factor(call, x)
-    call.require(n == 1 or _only_time(call, x), "nearest interpolation in time and space at once")
     exact = "exact" in call.node.target._schema.name  # type: ignore[union-attr]
     if times.denominator == 1:
-        return upsample(call, x, times.numerator)
+        return _in_space(call, upsample(call, x, times.numerator), n)
     call.require(times.numerator == 1, "nearest interpolation by a broken factor")
     step = times.denominator
     offset = step // 2 if exact else 0
     axis = x.layout.time
-    return call.emit(
+    taken = call.emit(
         x.layout,
         [read(x, Taps(step, 1, offset, offset))],
         rate=x.rate / step,
@@ -57,6 +56,31 @@ def nearest(call: Call) -> Fact:
         length_of=[x],
         lower=lambda b, op, windows, span, _: b.every(windows[0].node, axis, step),
     )
+    return _in_space(call, taken, n)
+
+
+def _in_space(call: Call, x: Value, n: int) -> Value:
+    """The same op within each frame, after it has been done in time."""
+    time, rank = x.layout.time, len(x.layout)
+    others = [i for i in range(rank - n, rank) if i != time]
+    if all(tuple(call.out_sizes[i]) == tuple(x.layout.sizes(b, 1)[i] for b in call.graph.batch) for i in others):
+        return x
+    dims = list(x.layout.dims)
+    for i in others:
+        call.require(len(set(call.out_sizes[i])) == 1, "a spatial size depends on the clip's length")
+        dims[i] = dim(call.out_sizes[i][0])
+    layout = Layout(tuple(dims))
+
+    def lower(b: Any, op: Any, windows: Any, span: range, _: Any) -> Any:
+        factors = call.samples[0].get("scale_factors")
+        if factors is None:
+            size = [len(span) if i == time else call.out_sizes[i][0] for i in range(rank - n, rank)]
+            return b.call(op, windows, output_size=size)
+        kept = [1.0 if i == time else f for i, f in zip(range(rank - n, rank), factors, strict=True)]
+        return b.call(op, windows, scale_factors=kept)
+
+    spread: Value = call.emit(layout, [read(x)], length_of=[x], lower=lower, nodes=call.stream_nodes[:1])
+    return spread
 
 
 @rule(*overloads("upsample_linear1d.vec upsample_bilinear2d.vec upsample_trilinear3d.vec upsample_linear1d.default"))
@@ -71,10 +95,9 @@ def linear(call: Call) -> Fact:
         return _framewise(call, x, n)
     x = call.stream(_tensor(call), clean=True)
     times = factor(call, x)
-    call.require(n == 1 or _only_time(call, x), "linear interpolation in time and space at once")
     call.require(not call.arg("align_corners", False), "interpolation with align_corners needs the clip's length")
     if times == 1:
-        return call.framewise(x.layout)
+        return _in_space(call, x, n)
     call.require(times.denominator == 1, "linear interpolation by a broken factor")
     up = times.numerator
     axis = x.layout.time
@@ -91,7 +114,7 @@ def linear(call: Call) -> Fact:
         w = b.along_time(b.constant(weight, x.dtype), x.layout)
         return b.aten("lerp.Tensor", left, right, w)
 
-    return call.emit(
+    smooth = call.emit(
         x.layout,
         [read(padded, taps)],
         rate=x.rate * up,
@@ -100,6 +123,7 @@ def linear(call: Call) -> Fact:
         lower=lower,
         nodes=call.stream_nodes[:1],
     )
+    return _in_space(call, smooth, n)
 
 
 @rule(*overloads("upsample_bicubic2d.vec"))
@@ -121,14 +145,6 @@ def _framewise(call: Call, x: Value, n: int) -> Fact:
         call.require(len(set(call.out_sizes[i])) == 1, "a spatial size depends on the clip's length")
         dims[i] = dim(call.out_sizes[i][0])
     return call.framewise(Layout(tuple(dims)))
-
-
-def _only_time(call: Call, x: Value) -> bool:
-    time = x.layout.time
-    return all(
-        i == time or tuple(s) == tuple(x.layout.sizes(b, 1)[i] for b in call.graph.batch)
-        for i, s in enumerate(call.out_sizes)
-    )
 
 
 SAMPLES = [

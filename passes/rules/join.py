@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import fx, nn
 
 from ..layout import Dim, dim
-from ..registry import Call, Fact, Sample, overloads, rule
-from ..stream_graph import Constant, Value, read
+from ..registry import Call, Fact, Head, InClip, Sample, Tail, edges, overloads, rule
+from ..stream_graph import Constant, Mirror, Value, read
 
 aten = torch.ops.aten
 
@@ -25,7 +27,8 @@ def cat(call: Call) -> Fact:
     axis = call.arg("dim", 0) % (rank + stack)
     time = first.layout.time
     if not stack and axis == time:
-        return _cat_in_time(call, nodes)
+        return beside(call, nodes)
+    call.require(not any(isinstance(f, InClip) for f in given), "the first or last frames of the clip are joined")
     values: dict[fx.Node, Value] = {}
     streams = [f for f in given if isinstance(f, Value)]
     tidy = len({f.layout[f.layout.time] for f in streams}) > 1 or len(streams) < len(nodes)
@@ -66,17 +69,55 @@ def _sum(dims: list[Dim], call: Call) -> Dim:
     return dim(total)
 
 
-def _cat_in_time(call: Call, nodes: list[fx.Node]) -> Fact:
-    """Static frames before or after a stream: padding, if all of them are the same number."""
+edges(*overloads("cat.default concat.default concatenate.default"))
+
+
+def beside(call: Call, nodes: list[fx.Node]) -> Value:
+    """Frames before or after a stream: padding, if they are one number or the stream's own edge."""
     streams = [n for n in nodes if isinstance(call.facts[n], Value)]
     call.require(len(streams) == 1, "streams are joined one after the other")
     x = call.ungroup(call.facts[streams[0]])
     at = nodes.index(streams[0])
-    fills = {call.constant_of(n) for n in nodes if n is not streams[0]}
-    call.require(len(fills) == 1 and None not in fills, "other frames than a constant are put before or after a stream")
-    sizes = [n.meta["val"].shape[x.layout.time] for n in nodes]
+    time = x.layout.time
+    sizes = [n.meta["val"].shape[time] for n in nodes]
     left, right = sum(sizes[:at]), sum(sizes[at + 1 :])
-    return call.view(x, -left, lambda frames: frames + left + right, Constant(float(fills.pop() or 0.0)))
+    length = lambda frames: frames + left + right  # noqa: E731
+    others = [call.facts[n] for n in nodes if n is not streams[0]]
+    if any(isinstance(f, (Head, Tail)) for f in others):
+        call.require(all(_is_edge(f, x, i < at) for i, f in enumerate(others)), "frames of the clip are put elsewhere")
+        return call.view(x, -left, length, Mirror("replicate", right))
+    fills = {_number(n) for n in nodes if n is not streams[0]}
+    if len(fills) == 1 and None not in fills:
+        return call.view(x, -left, length, Constant(float(fills.pop() or 0.0)))
+    moved = call.view(x, -left, length, Constant(0.0))
+    over = read(moved)
+
+    def lower(b: Any, op: Any, windows: Any, span: range, _: Any) -> fx.Node:
+        if not b.masked:
+            node: fx.Node = windows[0].node
+            return node
+        frames = b.cat([b.static(n) for n in nodes if n is not streams[0]], time)
+        index = b.indices(op, span)
+        behind = b.aten("sub.Tensor", index, b.length(x))  # in the joined static frames, those after the stream
+        place = b.aten("where.self", b.aten("lt.Scalar", index, left), index, behind)
+        place = b.aten("clamp.default", place, 0, left + right - 1)
+        static = b.aten("index_select.default", frames, time, place)
+        return b.where_inside(over.levels[0], windows[0], static, x.layout)  # type: ignore[no-any-return]
+
+    return call.emit(
+        x.layout, [over], length_of=[moved], lower=lower, indexed=True, padded=True, nodes=[streams[0]]
+    )
+
+
+def _is_edge(fact: Fact, x: Value, before: bool) -> bool:
+    """Whether a frame put before (or after) a stream is its own first (or last) one."""
+    own = isinstance(fact, Head) if before else isinstance(fact, Tail) and not fact.squeeze
+    return own and fact.of is x and fact.count == 1
+
+
+def _number(node: fx.Node) -> float | None:
+    """The number that a tensor is made of, if it is made of one."""
+    return float(node.args[1]) if node.target is aten.full.default else None  # type: ignore[arg-type]
 
 
 SAMPLES = [Sample("stack_and_cat", lambda: _Joined(), (2, 3, 9))]

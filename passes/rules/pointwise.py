@@ -68,7 +68,7 @@ rule(
     *overloads(
         "copy.default clone.default to.dtype to.device to.dtype_layout to.other type_as.default _to_copy.default "
         "where.self where.ScalarSelf where.ScalarOther masked_fill.Scalar masked_fill.Tensor prelu.default "
-        "zeros_like.default ones_like.default full_like.default empty_like.default rrelu.default selu.default "
+        "rrelu.default selu.default "
         "softplus.default relu6.default hardswish.default hardsigmoid.default mish.default silu.default celu.default "
         "log_sigmoid.default softshrink.default hardshrink.default threshold.default leaky_relu.default "
         "elu.default gelu.default hardtanh.default lerp.Scalar lerp.Tensor addcmul.default addcdiv.default "

@@ -14,9 +14,10 @@ from torch import nn
 
 from ..errors import NonLocal
 from ..layout import TIME, Sizes, dim
-from ..registry import Call, Fact, Sample, Tail, overloads, rule
+from ..registry import Call, Fact, Head, Sample, Tail, edges, overloads, rule
 from ..schedule import Taps
 from ..stream_graph import Constant, Value, read
+from .join import beside
 
 aten = torch.ops.aten
 
@@ -69,6 +70,9 @@ def part(call: Call, x: Value, starts: Sizes, ends: Sizes, step: int) -> Fact:
             return Tail("the last frames of the clip are read", of=x, first=tail, count=tail, squeeze=False)
         raise NonLocal("where the slice begins depends on the clip's length")
     if cut is None:
+        count = constant(ends)
+        if start == 0 and count is not None and step == 1:
+            return Head("the first frames of the clip are read", of=x, count=count)
         raise NonLocal("the slice takes a fixed number of frames from the start of the clip")
     if step == 1:
         return call.view(x, start, lambda frames: frames - start - cut)
@@ -140,17 +144,26 @@ def diff(call: Call) -> Fact:
     x = call.stream("self")
     axis = call.arg("dim", -1) % len(x.layout)
     order = call.arg("n", 1)
-    call.require(call.arg("prepend") is None and call.arg("append") is None, "diff with prepended frames")
-    if axis != x.layout.time:
+    before, after = call.samples[0].get("prepend"), call.samples[0].get("append")
+    if before is not None or after is not None:
+        call.require(axis == x.layout.time and x.layout.clean, "diff with something put before or after")
+        parts = [n for n in (before, call.samples[0]["self"], after) if n is not None]
+        x = beside(call, parts)
+    elif axis != x.layout.time:
         return call.framewise(x.layout.replace(axis, call.resized(x, axis)))
-    x = call.stream("self", clean=True)
+    else:
+        x = call.stream("self", clean=True)
     return call.emit(
         x.layout,
         [read(x, Taps(1, 1, 0, order))],
         length=lambda frames: frames - order,
         length_of=[x],
-        lower=lambda b, op, windows, span, _: b.call(op, windows),
+        lower=lambda b, op, windows, span, _: b.call(op, windows, prepend=None, append=None),
+        nodes=[call.samples[0]["self"]],
     )
+
+
+edges(aten.diff.default)
 
 
 @rule(*overloads("index_select.default"))
@@ -186,6 +199,58 @@ def _first(call: Call) -> Any:
     return size[0] if isinstance(size[0], tuple) else size
 
 
+@rule(*overloads("select_scatter.default"))
+def select_scatter(call: Call) -> Fact:
+    """``x[index] = src``: in another dimension than time, framewise; in time, something static at a fixed frame."""
+    x, src = call.maybe("self"), call.maybe("src")
+    axis = call.arg("dim")
+    if x is None:
+        assert src is not None
+        axis %= len(src.layout) + 1
+        layout = src.layout.insert(axis, call.static_layout(call.samples[0]["self"])[axis])
+        call.require(len(call.static_layout(call.samples[0]["self"])) == len(layout), "frames are overwritten")
+        return call.framewise(layout)
+    axis %= len(x.layout)
+    if axis != x.layout.time:
+        call.arg("index")
+        return call.framewise(x.layout)
+    call.require(src is None and x.layout.clean, "a frame is overwritten by something that depends on time")
+    index = call.arg("index")
+    call.require(index >= 0, "a frame counted from the end is overwritten")
+    return _overwritten(call, x, range(index, index + 1), squeezed=True)
+
+
+def _overwritten(call: Call, x: Value, frames: range, squeezed: bool) -> Fact:
+    """Fixed frames from the start of a stream replaced by static ones."""
+    axis = x.layout.time
+    node = call.samples[0]["src"]
+
+    def lower(b: Any, op: Any, windows: list[Any], span: range, _: Any) -> Any:
+        if not b.masked:
+            return windows[0].node
+        index = b.indices(op, span)
+        static = b.static(node)
+        static = b.aten("unsqueeze.default", static, axis) if squeezed else static
+        place = b.aten("clamp.default", b.aten("sub.Tensor", index, frames.start), 0, len(frames) - 1)
+        chosen = b.aten("index_select.default", static, axis, place)
+        inside = b.aten(
+            "logical_and.default",
+            b.aten("ge.Scalar", index, frames.start),
+            b.aten("lt.Scalar", index, frames.stop),
+        )
+        return b.aten("where.self", b.along_time(inside, x.layout), chosen, windows[0].node)
+
+    return call.emit(
+        x.layout,
+        [read(x)],
+        length_of=[x],
+        lower=lower,
+        indexed=True,
+        nodes=call.stream_nodes[:1],
+        masked_until=frames.stop,
+    )
+
+
 @rule(*overloads("slice_scatter.default"))
 def slice_scatter(call: Call) -> Fact:
     """``x[start:end] = src``: in another dimension than time, framewise; in time, a choice by frame index."""
@@ -195,8 +260,15 @@ def slice_scatter(call: Call) -> Fact:
     axis = call.arg("dim", 0) % len(any_.layout)
     if axis != any_.layout.time:
         return call.framewise(any_.layout)
-    call.require(x is not None and src is not None and x.layout.clean and src.layout.clean, "frames are overwritten")
-    assert x is not None and src is not None
+    call.require(x is not None and x.layout.clean, "frames of something without time are overwritten")
+    assert x is not None
+    if src is None:
+        starts, ends, step = _bounds(call, x.lengths, narrow=False)
+        first, last = constant(starts), constant(ends)
+        call.require(first is not None and last is not None and step == 1, "the last frames are overwritten")
+        assert first is not None and last is not None
+        return _overwritten(call, x, range(first, last), squeezed=False)
+    call.require(src.layout.clean, "frames are overwritten by folded ones")
     starts, ends, step = _bounds(call, x.lengths, narrow=False)
     start, cut = constant(starts), constant(tuple(n - e for n, e in zip(x.lengths, ends, strict=True)))
     call.require(start is not None and cut is not None and step == 1, "frames at a fixed place are overwritten")

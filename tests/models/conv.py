@@ -6,9 +6,14 @@ from torch import nn
 from .sample import Net, Sample, parameter
 
 
-def conv1d(name, *geometry, shape=(2, 3, 11), length=0, kind="stream", channels=4, **options):
+def conv1d(name, *geometry, shape=(2, 3, 11), channels=4, length=0, kind="stream", lag=0, **options):
     return Sample(
-        f"conv1d_{name}", lambda: nn.Conv1d(shape[1], channels, *geometry, **options), shape, kind=kind, length=length
+        f"conv1d_{name}",
+        lambda: nn.Conv1d(shape[1], channels, *geometry, **options),
+        shape,
+        kind=kind,
+        length=length,
+        lag=lag,
     )
 
 
@@ -24,8 +29,13 @@ def conv3d(name, *geometry, shape=(1, 4, 8, 4, 5), time_dim=2, channels=4, **opt
     )
 
 
-def transposed1d(name, *geometry, shape=(2, 4, 9), channels=4, **options):
-    return Sample(f"transposed1d_{name}", lambda: nn.ConvTranspose1d(shape[1], channels, *geometry, **options), shape)
+def transposed1d(name, *geometry, shape=(2, 4, 9), channels=4, exact=True, **options):
+    return Sample(
+        f"transposed1d_{name}",
+        lambda: nn.ConvTranspose1d(shape[1], channels, *geometry, **options),
+        shape,
+        exact=exact,
+    )
 
 
 class Bottleneck(nn.Module):
@@ -69,10 +79,10 @@ SAMPLES = [
     conv1d("depthwise", 4, groups=3, channels=6, padding=2),
     conv1d("long_kernel", 9, padding=4, bias=False, shape=(1, 2, 12)),
     conv1d("replicate", 5, padding=3, padding_mode="replicate"),
-    conv1d("replicate_beyond_reach", 3, padding=4, padding_mode="replicate", stride=2),
+    conv1d("replicate_beyond_reach", 3, padding=4, padding_mode="replicate", stride=2, lag=2),
     conv1d("reflect", 5, padding=2, padding_mode="reflect"),
-    conv1d("reflect_strided", 4, padding=3, padding_mode="reflect", stride=2),
-    conv1d("reflect_beyond_reach", 3, padding=4, padding_mode="reflect"),
+    conv1d("reflect_strided", 4, padding=3, padding_mode="reflect", stride=2, lag=3),
+    conv1d("reflect_beyond_reach", 3, padding=4, padding_mode="reflect", lag=6),
     conv1d("circular", 3, padding=1, padding_mode="circular", kind="clip", shape=(1, 3, 7)),
     conv2d("time_and_height", (3, 2), stride=(2, 1), padding=(1, 0)),
     conv2d("same_dilated", (3, 3), padding="same", dilation=(2, 1)),
@@ -115,7 +125,7 @@ SAMPLES = [
     transposed1d("longer", 3),
     transposed1d("cropped", 5, stride=2, padding=4),
     transposed1d("gaps", 2, stride=3, output_padding=1),
-    transposed1d("dilated_grouped", 3, stride=3, dilation=2, groups=2, padding=1, bias=False),
+    transposed1d("dilated_grouped", 3, stride=3, dilation=2, groups=2, padding=1, bias=False, exact=False),
     Sample("transposed2d_time_and_height", lambda: nn.ConvTranspose2d(2, 3, (3, 3), (2, 1), (1, 1)), (1, 2, 8, 4)),
     Sample(
         "transposed2d_time_last", lambda: nn.ConvTranspose2d(2, 3, (3, 4), (2, 2), (0, 1)), (1, 2, 3, 8), time_dim=3

@@ -77,14 +77,19 @@ SAMPLES = [
     net("pad_delay_line", lambda m, x: F.pad(x, (3, -3))),
     net("pad_look_ahead", lambda m, x: F.pad(x, (-2, 2), value=1.0) + x),
     net("pad_only", lambda m, x: F.pad(x, (2, 3), value=0.25)),
-    net("pad_replicate_asymmetric", lambda m, x: m.conv(F.pad(x, (3, 1), mode="replicate")), conv=conv3),
-    net("pad_reflect_asymmetric", lambda m, x: m.conv(F.pad(x, (2, 3), mode="reflect")), conv=conv3),
-    net("pad_replicate_only", lambda m, x: F.pad(x, (2, 2), mode="replicate")),
+    net(
+        "pad_replicate_asymmetric",
+        lambda m, x: m.conv(F.pad(x, (3, 1), mode="replicate")),
+        fields={"lag": 1},
+        conv=conv3,
+    ),
+    net("pad_reflect_asymmetric", lambda m, x: m.conv(F.pad(x, (2, 3), mode="reflect")), fields={"lag": 2}, conv=conv3),
+    net("pad_replicate_only", lambda m, x: F.pad(x, (2, 2), mode="replicate"), fields={"lag": 2}),
     net(
         "pad_reflect_strided",
         lambda m, x: m.conv(F.pad(x, (3, 2), mode="reflect")),
         conv=lambda: nn.Conv1d(3, 2, 4, 3),
-        fields={"length": 26},
+        fields={"length": 26, "lag": 3},
     ),
     net("pad_then_activation", lambda m, x: m.conv(torch.cos(F.pad(x, (2, 2)))), conv=conv3),
     net("pad_twice", lambda m, x: m.conv(F.pad(F.pad(x, (1, 1), value=1.0), (2, 0), mode="replicate")), conv=conv3),
@@ -155,5 +160,6 @@ SAMPLES = [
         "where_by_position",
         lambda m, x: torch.where(torch.arange(x.shape[2]) < 4, x * 2, m.conv(x)),
         conv=lambda: nn.Conv1d(3, 3, 3, padding=1),
+        fields={"lag": 1},  # the branch that is not chosen is waited for
     ),
 ]

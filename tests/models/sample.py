@@ -41,10 +41,12 @@ class Sample:
     """How to draw input i, where it is not standard normal."""
     stride: int = 1
     """Steps between the outputs of a Window net."""
-    unbounded: bool = False
-    """The receptive field is infinite."""
+    unbounded: bool | tuple[bool, ...] = False
+    """The receptive field is infinite, of every output or one by one."""
     exact: bool = True
     """The declared receptive field is the measured one, not only a bound of it."""
+    lag: int = 0
+    """Steps by which outputs may come later than the earliest possible, for the sake of a periodic schedule."""
     options: Mapping[str, Any] = field(default_factory=dict)
     """Further arguments for ``cofx.compile``."""
 
@@ -92,6 +94,9 @@ class Sample:
 
     def kinds(self, count: int) -> list[Kind]:
         return list(self.kind) if isinstance(self.kind, tuple) else [self.kind] * count
+
+    def is_unbounded(self, i: int) -> bool:
+        return self.unbounded[i] if isinstance(self.unbounded, tuple) else self.unbounded
 
     def model(self) -> nn.Module:
         """The net in eval mode, with the same random parameters and running statistics each time."""
