@@ -6,6 +6,7 @@ border. What depends on positions alone is evaluated inside the clip too, so tha
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import dataclass
 from fractions import Fraction
@@ -16,7 +17,7 @@ from torch import fx
 from .layout import TIME, Layout
 from .propagate_facts import Facts
 from .registry import InClip, Static, Tail
-from .schedule import Taps, floor_affine
+from .schedule import Int, Taps, floor_affine, minimum
 from .schedule_delays import Counter
 from .stream_graph import Border, Clip, Op, Read, StreamGraph, Value, View, read
 
@@ -91,14 +92,27 @@ def _build(facts: Facts, part: Part, newest: bool) -> dict[fx.Node, Value]:
     frames = int(clock.rate)
     clean = all(not (b.value.padded or b.value.memory or b.value.indexed) for b in borders)
     prefix = None if clean else _prefix(streams, borders)
+    length_of: tuple[Value, ...] = (clock,)
     if prefix is not None:
         equivalence, every, (first, reads) = "prefix", 1, prefix
     else:
         equivalence, first = "clip" if clean else "first-clip", ticks
         every = math.lcm(1, *(b.value.rate.denominator for b in borders))
+        steps = [int(b.value.rate * every) for b in borders]
         reads = [
-            read(b.value, Taps(int(b.value.rate * every), 1, b.first, b.first + b.count - 1)) for b in borders
+            read(b.value, Taps(s, 1, b.first, b.first + b.count - 1)) for b, s in zip(borders, steps, strict=True)
         ]
+
+    def length(*lengths: Int) -> Int:
+        if equivalence == "first-clip":  # as many as there are windows of the streams' own frames
+            counts = [
+                (n - b.value.lengths[0]) // s + 1 for n, b, s in zip(lengths, borders, steps, strict=True)
+            ]
+            return functools.reduce(minimum, counts)
+        return (lengths[0] // frames - first) // every + 1
+
+    if equivalence == "first-clip":
+        length_of = tuple(b.value for b in borders)
     reason = next((f.reason for n in order if n in part.nodes and isinstance(f := facts.of[n], InClip)), "")
     newest_axes = [_time_axis(facts, n) if newest else None for n in part.leaves]
     clip = Clip(borders, nodes, part.leaves, newest_axes, equivalence, first, every, reason)
@@ -111,9 +125,9 @@ def _build(facts: Facts, part: Part, newest: bool) -> dict[fx.Node, Value]:
                     layout=Layout(((TIME,), *((int(s),) for s in leaf.meta["sizes"][0]))),
                     dtype=leaf.meta["val"].dtype,
                     rate=Fraction(1, every),
-                    lengths=tuple((n - first) // every + 1 for n in streams.ticks),
-                    length_sources=(clock,),
-                    length=lambda n: (n // frames - first) // every + 1,
+                    lengths=tuple(length(*(v.lengths[p] for v in length_of)) for p in range(len(streams.ticks))),
+                    length_sources=length_of,
+                    length=length,
                     producer=op,
                     node=leaf,
                     memory=any(b.value.memory for b in borders),

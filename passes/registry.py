@@ -396,6 +396,7 @@ class Call:
     def as_table(self, node: fx.Node, axis: int, like: Value) -> Value:
         """A static tensor whose dimension `axis` lies along time: a stream that ends with the table."""
         size = self.sizes_of(node)[axis][0]
+        self.require(set(like.lengths) == {size}, "something without time lies along the time axis")
         layout = self.static_layout(node).replace(axis, (TIME,))
         return self.emit(
             layout,

@@ -47,6 +47,11 @@ class Taps:
         return replace(self, first=self.first - earlier * self.up, last=self.last + later * self.up)
 
 
+def minimum(a: Int, b: Int) -> Int:
+    """The smaller of two lengths or indices, inside a generated program or not."""
+    return a.minimum(b) if hasattr(a, "minimum") else min(a, b)
+
+
 def floor_affine(values: list[int], rate_num: int, rate_den: int) -> int | None:
     """The c for which ``values[i] == (rate_num*i + c)//rate_den`` for all i, or None if there is none.
 

@@ -288,6 +288,18 @@ class Builder:
         """Chosen entries of a dimension."""
         return self.aten("index_select.default", node, axis, self.constant(indices, torch.int64))
 
+    def owned(self, node: fx.Node | None) -> fx.Node | None:
+        """A tensor that shares no memory with the inputs or the state: outputs are the caller's."""
+        base = node
+        while isinstance(base, fx.Node) and isinstance(base.target, torch._ops.OpOverload):
+            shared = [a for a, s in zip(base.args, base.target._schema.arguments, strict=False)
+                      if s.alias_info is not None and isinstance(a, fx.Node)]  # fmt: skip
+            if not shared:
+                break
+            base = shared[0]
+        kept = base is not None and (base.op == "placeholder" or base.name.startswith("delay_"))
+        return self.aten("clone.default", node) if kept and node is not None else node
+
     # -- constants and static values ---------------------------------------------------------------------------------
 
     def constant(self, numbers: Any, dtype: torch.dtype) -> fx.Node:
@@ -686,7 +698,7 @@ def _outputs(b: Builder, plan: Plan) -> tuple[list[OutputSpan], list[Any]]:
         node = None if chunk is None else chunk.node
         if node is not None and b.key.frames and leaf.single:
             node = b.aten("select.int", node, leaf.value.layout.time, 0)
-        results.append(node)
+        results.append(b.owned(node))
     return spans, results
 
 

@@ -103,14 +103,15 @@ def linear(call: Call) -> Fact:
     axis = x.layout.time
     padded = call.view(x, -1, lambda frames: frames + 2, Mirror("replicate", 1))
     # in the padded clip, frame j lies at (2j + 1 - up)/(2 up) + 1 = (2j + 1 + up)/(2 up)
-    taps = Taps(2, 2 * up, 1 + up, 1 + up + 2 * up)
+    taps = Taps(2, 2 * up, 1 + up, up + 2 * up)
 
     def lower(b: Any, op: Any, windows: Any, span: range, _: Any) -> fx.Node:
         places = [2 * j + op.reads[0].taps.first for j in span]
         weight = [(p % (2 * up)) / (2 * up) for p in places]
         below = [p // (2 * up) - windows[0].start for p in places]
         left = b.index_frames(windows[0].node, axis, below)
-        right = b.index_frames(windows[0].node, axis, [i + 1 for i in below])
+        above = [min(i + 1, windows[0].stop - windows[0].start - 1) for i in below]  # the last may lie on a frame
+        right = b.index_frames(windows[0].node, axis, above)
         w = b.along_time(b.constant(weight, x.dtype), x.layout)
         return b.aten("lerp.Tensor", left, right, w)
 

@@ -67,7 +67,7 @@ def pointwise(call: Call) -> Fact:
 rule(
     *overloads(
         "copy.default clone.default to.dtype to.device to.dtype_layout to.other type_as.default _to_copy.default "
-        "where.self where.ScalarSelf where.ScalarOther masked_fill.Scalar masked_fill.Tensor prelu.default "
+        "where.self where.ScalarSelf where.ScalarOther masked_fill.Scalar masked_fill.Tensor "
         "rrelu.default selu.default "
         "softplus.default relu6.default hardswish.default hardsigmoid.default mish.default silu.default celu.default "
         "log_sigmoid.default softshrink.default hardshrink.default threshold.default leaky_relu.default "
@@ -81,6 +81,14 @@ rule(
         "divide.Tensor divide.Scalar multiply.Tensor subtract.Tensor subtract.Scalar greater.Tensor less.Tensor"
     )
 )(pointwise)
+
+
+@rule(*overloads("prelu.default _prelu_kernel.default"))
+def prelu(call: Call) -> Fact:
+    """A slope for each channel (dimension 1)."""
+    x = call.stream("self")
+    call.require(x.layout.time != 1 or call.samples[0]["weight"].meta["val"].numel() == 1, "a slope for each frame")
+    return call.framewise(x.layout)
 
 
 @rule(aten.glu.default)

@@ -11,7 +11,7 @@ from torch import fx, nn
 from ..errors import NonLocal
 from ..layout import TIME, Layout, dim
 from ..registry import Call, Fact, Sample, overloads, rule
-from ..schedule import Int, Taps
+from ..schedule import Int, Taps, minimum
 from ..stream_graph import read
 from .convolution import listed
 
@@ -30,11 +30,6 @@ def pooled_length(k: int, s: int, p: int, d: int, ceil: bool) -> Any:
         return minimum(windows, starts)
 
     return length
-
-
-def minimum(a: Int, b: Int) -> Int:
-    """The smaller of two indices, inside a program or not."""
-    return a.minimum(b) if hasattr(a, "minimum") else b.minimum(a) if hasattr(b, "minimum") else min(a, b)
 
 
 @rule(
