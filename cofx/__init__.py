@@ -1,7 +1,7 @@
 """cofx: turn a PyTorch model trained on clips into an exact frame-by-frame step model.
 
-    step = cofx.compile(model, example_clip, time_dim=2)
-    y_t = step.forward_step(x_t)
+step = cofx.compile(model, example_clip, time_dim=2)
+y_t = step.forward_step(x_t)
 """
 
 from __future__ import annotations

@@ -46,7 +46,7 @@ def _each(
     name: str, dims: int | Sequence[int | None] | None, example: Sequence[torch.Tensor]
 ) -> tuple[int | None, ...]:
     """One dimension for each input, counted from the front."""
-    given = list(dims) if isinstance(dims, (tuple, list)) else [dims] * len(example)
+    given = [dims] * len(example) if dims is None or isinstance(dims, int) else list(dims)
     if len(given) != len(example):
         raise InputError(f"{name} has {len(given)} entries for {len(example)} inputs")
     out: list[int | None] = []

@@ -222,7 +222,7 @@ class StepModule(nn.Module):
             axis. Several outputs come in the model's own structure, with None where nothing is due.
         """
         compiled = self._ready(frames, frames=True)
-        compiled.spec.check(frames, 1, self._batch_now(compiled), frames=True)
+        compiled.spec.check(frames, 1, self._state.batch, frames=True)
         parts, state = compiled.advance(self._state, frames, 1, None, frames=True)
         out = compiled.pack([p[0] if p else None for p in parts], stacked=False)
         if update_state:
@@ -242,7 +242,7 @@ class StepModule(nn.Module):
         """
         compiled = self._ready(chunks, frames=False)
         ticks = compiled.spec.ticks(chunks)
-        compiled.spec.check(chunks, ticks, self._batch_now(compiled), frames=False)
+        compiled.spec.check(chunks, ticks, self._state.batch, frames=False)
         parts, state = compiled.advance(self._state, chunks, ticks, None, frames=False)
         if pad_end:
             tail = compiled.flush(state, chunks)
@@ -257,18 +257,8 @@ class StepModule(nn.Module):
         if self._compiled is None or self._state.count == 0 or self._state.tensors is None:
             return None
         compiled = self.compiled
-        templates = compiled.spec.blank(self._batch_now(compiled), self._held)
+        templates = compiled.spec.blank(self._state.batch, self._held)
         return compiled.pack(compiled.join(compiled.flush(self._state, templates)), stacked=True)
-
-    def _batch_now(self, compiled: Compiled) -> int | None:
-        """The batch size of the running stream, if there is one."""
-        if self._state.tensors is None:
-            return None
-        for spec, tensor in zip(compiled.specs, self._state.tensors, strict=True):
-            for size, (per_lane, _) in zip(tensor.shape, spec.dims, strict=True):
-                if per_lane:
-                    return int(size) // per_lane
-        return None
 
     # -- state -------------------------------------------------------------------------------------------------------
 
@@ -380,7 +370,9 @@ class Compiled:
         self._seen = self._fingerprint()
         before = plan.schedule.counts(0)
         self.early = any(before[v] > 0 for op in plan.schedule.graph.ops for v in op.outputs)
-        self.masks = plan.schedule.settled > 0 or any(op.carries or any(r.levels for r in op.reads) for op in plan.schedule.graph.ops)
+        self.masks = plan.schedule.settled > 0 or any(
+            op.carries or any(r.levels for r in op.reads) for op in plan.schedule.graph.ops
+        )
 
     def _fingerprint(self) -> tuple[tuple[int, int], ...]:
         return tuple((id(t), t._version) for t in (*self.model.parameters(), *self.model.buffers()))
@@ -447,16 +439,17 @@ class Compiled:
             folded=not (torch.is_grad_enabled() and any(p.requires_grad for p in self.model.parameters())),
         )
         program = self.program(key)
-        kept = state.tensors
+        kept, batch = state.tensors, state.batch
         if kept is None:
-            kept = allocate(self.specs, self.spec.batch_of(inputs, frames) or 1, self.spec.device)
+            batch = self.spec.batch_of(inputs, frames)
+            kept = allocate(self.specs, batch or 1, self.spec.device)
         extra = {"count": state.count, "length": FOREVER if length is None else length}
         where = [torch.tensor(extra[w], device=self.spec.device) for w in program.wants]
         outputs, after = program.module(*inputs, *where, *kept)
         results: list[torch.Tensor | None] = []
         for leaf, span, tensor in zip(self.plan.outputs, program.outputs, outputs, strict=True):
             results.append(self._valid(leaf, span, tensor, cycles, length, frames))
-        return results, StreamState(state.count + ticks, after)
+        return results, StreamState(state.count + ticks, after, batch)
 
     def _valid(
         self, leaf: Leaf, span: Any, tensor: torch.Tensor | None, cycles: int, length: int | None, frames: bool

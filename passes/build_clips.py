@@ -99,15 +99,11 @@ def _build(facts: Facts, part: Part, newest: bool) -> dict[fx.Node, Value]:
         equivalence, first = "clip" if clean else "first-clip", ticks
         every = math.lcm(1, *(b.value.rate.denominator for b in borders))
         steps = [int(b.value.rate * every) for b in borders]
-        reads = [
-            read(b.value, Taps(s, 1, b.first, b.first + b.count - 1)) for b, s in zip(borders, steps, strict=True)
-        ]
+        reads = [read(b.value, Taps(s, 1, b.first, b.first + b.count - 1)) for b, s in zip(borders, steps, strict=True)]
 
     def length(*lengths: Int) -> Int:
         if equivalence == "first-clip":  # as many as there are windows of the streams' own frames
-            counts = [
-                (n - b.value.lengths[0]) // s + 1 for n, b, s in zip(lengths, borders, steps, strict=True)
-            ]
+            counts = [(n - b.value.lengths[0]) // s + 1 for n, b, s in zip(lengths, borders, steps, strict=True)]
             return functools.reduce(minimum, counts)
         return (lengths[0] // frames - first) // every + 1
 

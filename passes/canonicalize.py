@@ -224,9 +224,10 @@ def _keeps(node: fx.Node) -> bool:
     if name in ("aten::to", "aten::_to_copy", "aten::type_as", "aten::clone"):
         return same
     if name == "aten::slice":
-        _, d, start, stop, step = (*node.args, *(0, None, None, 1)[len(node.args) - 1 :])
+        bounds = bind(node.target, node.args, node.kwargs)
+        start, stop, step = bounds["start"], bounds["end"], bounds["step"]
         whole = isinstance(stop, int) and stop >= torch.iinfo(torch.int64).max
-        return (start in (0, None)) and (stop is None or whole) and step == 1
+        return bool(start in (0, None) and (stop is None or whole) and step == 1)
     return False
 
 

@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import sympy
+import sympy  # type: ignore[import-untyped]
 import torch
 from torch import fx, nn
 from torch.export import Dim, ExportedProgram, export
@@ -140,7 +140,7 @@ def _composite(op: Any) -> bool:
     return (
         isinstance(op, torch._ops.OpOverload)
         and op not in NEEDS_NO_RULE
-        and torch._C._dispatch_has_kernel_for_dispatch_key(op.name(), "CompositeImplicitAutograd")
+        and torch._C._dispatch_has_kernel_for_dispatch_key(op._name, "CompositeImplicitAutograd")
     )
 
 
@@ -159,8 +159,7 @@ def _dynamic_shapes(model: nn.Module, dims: list[dict[int, Any]]) -> Any:
 
 def _export_open(model: nn.Module, inputs: tuple[torch.Tensor, ...], clock: Clock) -> ExportedProgram:
     dims = [
-        {d: Dim.AUTO for d in (b, t) if d is not None}
-        for b, t in zip(clock.batch_dims, clock.time_dims, strict=True)
+        {d: Dim.AUTO for d in (b, t) if d is not None} for b, t in zip(clock.batch_dims, clock.time_dims, strict=True)
     ]
     return _export(model, inputs, dims)
 
@@ -210,7 +209,10 @@ def _from_export(model: nn.Module, program: ExportedProgram, clock: Clock, point
     env: dict[fx.Node, fx.Node] = {}
     constants: dict[str, torch.Tensor] = {}
     specs = {s.arg.name: s for s in program.graph_signature.input_specs if hasattr(s.arg, "name")}
-    state = {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers(remove_duplicate=False))}
+    state = {
+        **dict(model.named_parameters(remove_duplicate=False)),
+        **dict(model.named_buffers(remove_duplicate=False)),
+    }
     placeholders = []
     for node in inline_regions(program.graph).nodes:
         if node.op == "placeholder" and specs[node.name].kind is not InputKind.USER_INPUT:

@@ -12,9 +12,7 @@ from torch.fx.node import map_arg
 
 def inline_regions(graph: fx.Graph) -> fx.Graph:
     """The graph with all such regions inlined."""
-    wrappers = {
-        getattr(torch.ops.higher_order, n, None) for n in ("wrap_with_set_grad_enabled", "wrap_with_autocast")
-    }
+    wrappers = {getattr(torch.ops.higher_order, n, None) for n in ("wrap_with_set_grad_enabled", "wrap_with_autocast")}
     if not any(n.target in wrappers for n in graph.nodes):
         return graph
     owner = graph.owning_module
@@ -31,19 +29,19 @@ def inline_regions(graph: fx.Graph) -> fx.Graph:
             else:
                 env[node] = flat.node_copy(node, lambda n: env[n])
             continue
-        at = next(i for i, a in enumerate(node.args) if isinstance(a, fx.Node) and a.op == "get_attr")
-        inner = getattr(owner, str(node.args[at].target))
-        operands = node.args[at + 1 :]
-        names = [n for n in inner.graph.nodes if n.op == "placeholder"]
-        inner_env = dict(zip(names, (env[a] if isinstance(a, fx.Node) else a for a in operands), strict=True))
-        for n in inner_region(inner):
-            if n.op == "output":
-                env[node] = map_arg(n.args[0], lambda m: inner_env[m])
-            elif n.op != "placeholder":
-                inner_env[n] = flat.node_copy(n, lambda m: inner_env[m])
+        env[node] = _inlined(flat, node, owner, env)
     return flat
 
 
-def inner_region(module: fx.GraphModule) -> list[fx.Node]:
-    """The nodes of a region, with the regions inside it inlined."""
-    return list(inline_regions(module.graph).nodes)
+def _inlined(flat: fx.Graph, node: fx.Node, owner: Any, env: dict[fx.Node, Any]) -> Any:
+    """Copy a region's nodes into `flat`; returns what the region returns."""
+    at = next(i for i, a in enumerate(node.args) if isinstance(a, fx.Node) and a.op == "get_attr")
+    inner = inline_regions(getattr(owner, str(node.args[at].target)).graph)  # type: ignore[union-attr]
+    given = (env[a] if isinstance(a, fx.Node) else a for a in node.args[at + 1 :])
+    inside: dict[fx.Node, Any] = dict(zip((n for n in inner.nodes if n.op == "placeholder"), given, strict=True))
+    for n in inner.nodes:
+        if n.op == "output":
+            return map_arg(n.args[0], inside.__getitem__)
+        if n.op != "placeholder":
+            inside[n] = flat.node_copy(n, inside.__getitem__)
+    return None

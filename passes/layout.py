@@ -118,7 +118,7 @@ class Layout:
     def sizes(self, batch: Any, frames: Any) -> list[Any]:
         """The shape for a batch size and a number of frames (anything that can be multiplied)."""
         value = {BATCH: batch, TIME: frames}
-        return [math.prod((value.get(f, f) for f in d), start=1) for d in self.dims]  # type: ignore[call-overload]
+        return [math.prod(value[f] if isinstance(f, Axis) else f for f in d) for d in self.dims]
 
 
 def from_sizes(sizes: Sequence[Sizes], batch: Sizes) -> Layout:

@@ -7,7 +7,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
@@ -20,13 +19,13 @@ from torch.utils import _pytree as pytree
 from .build_clips import build_clips
 from .canonicalize import canonicalize
 from .capture import Capture, Clock, capture
+from .codegen.graph_module import Constants
 from .compare_lengths import compare_lengths
-from .codegen.graph_module import Constants, state_specs
 from .errors import NonLocalError, Refusal, RefusedError
 from .propagate_facts import Facts, propagate_facts
-from .registry import Call, InClip, Static, Tail
+from .registry import Call, InClip
 from .schedule_delays import Schedule, receptive_field, schedule_delays
-from .stream_graph import Value, View, read
+from .stream_graph import Clip, Op, Value, View, read
 
 
 @dataclass(frozen=True)
@@ -196,7 +195,7 @@ def _check(facts: Facts, leaves: list[fx.Node], values: list[Value | None], equi
     if refusals:
         raise RefusedError(refusals)
     for value in values:
-        clip = getattr(value.producer, "clip", None) if value is not None else None
+        clip = clip_of(value)
         got = clip.equivalence if clip else "stream"
         if equivalence in (None, got) or (equivalence == "first-clip" and got == "clip"):
             continue
@@ -214,7 +213,7 @@ def _check(facts: Facts, leaves: list[fx.Node], values: list[Value | None], equi
 def _leaf(schedule: Schedule, node: fx.Node, value: Value | None) -> Leaf:
     if value is None:
         return Leaf(node, None, "stream", True, False, "")
-    clip = getattr(value.producer, "clip", None)
+    clip = clip_of(value)
     most = max(schedule.count(value, n + 1) - schedule.count(value, n) for n in range(schedule.period))
     most = max(most, schedule.count(value, 1))
     return Leaf(
@@ -242,12 +241,18 @@ def _not_constant(facts: Facts, captured: Capture) -> set[fx.Node]:
     return found
 
 
+def clip_of(value: Value | None) -> Clip | None:
+    """The clip that a value is evaluated from, if it is."""
+    return value.producer.clip if value is not None and isinstance(value.producer, Op) else None
+
+
 def timing(schedule: Schedule, value: Value) -> Timing:
     """Delay, receptive field, stride and padding of a value in ticks, as DESIGN's section 3 has them."""
     delay = first_tick(schedule, value) - 1
     field, finite = receptive_field(schedule, value)
     stride = 1 / value.rate
-    fact = f"Clip({value.producer.clip.equivalence})" if getattr(value.producer, "clip", None) else f"Stream({value.layout})"  # type: ignore[union-attr]
+    clip = clip_of(value)
+    fact = f"Clip({clip.equivalence})" if clip else f"Stream({value.layout})"
     return Timing(fact, delay, whole(field), whole(stride), whole(finite - 1 - delay))
 
 
@@ -267,6 +272,3 @@ def whole(number: Any) -> Any:
     if isinstance(number, Fraction) and number.denominator == 1:
         return int(number)
     return number
-
-
-__all__ = ["Leaf", "Plan", "Static", "Tail", "compile_plan", "math", "state_specs"]

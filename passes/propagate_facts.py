@@ -72,8 +72,9 @@ def _input(node: fx.Node, streams: StreamGraph, time: int | None, batch: int | N
 def _fact(node: fx.Node, facts: Facts, capture: Capture) -> Fact:
     given = [facts.of[n] for n in node.all_input_nodes]
     if node.target is operator.getitem:
-        source = facts.of[node.args[0]]  # type: ignore[index]
-        return source[node.args[1]] if isinstance(source, tuple) else source
+        source, index = node.args
+        fact = facts.of[source]  # type: ignore[index]
+        return fact[index] if isinstance(fact, tuple) else fact  # type: ignore[index]
     flat = [f for g in given for f in (g if isinstance(g, tuple) else (g,))]
     ended = next((f for f in flat if isinstance(f, InClip)), None)
     understood = takes_edges(node.target) and any(isinstance(f, Value) for f in flat)
@@ -82,9 +83,10 @@ def _fact(node: fx.Node, facts: Facts, capture: Capture) -> Fact:
         spectral = any(isinstance(f, InClip) and f.spectral for f in flat) or "fft" in str(node.target)
         return InClip(ended.reason, spectral=spectral)
     call = Call(node, facts.streams, facts.of, node.meta["samples"], node.meta["sizes"])
-    if ended is None and not any(isinstance(f, Value) for f in flat) and not _depends_on_length(node, facts.streams):
-        if torch.Tag.nondeterministic_seeded not in getattr(node.target, "tags", ()):
-            return Static()
+    timeless = ended is None and not any(isinstance(f, Value) for f in flat)
+    random = torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
+    if timeless and not random and not _depends_on_length(node, facts.streams):
+        return Static()
     known = len(facts.streams.ops), len(facts.streams.values)
     try:
         apply = find_rule(node.target)

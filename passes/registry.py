@@ -12,6 +12,8 @@ A rule is a function from a `Call` to its fact: a `Value`, a tuple of facts for 
 
 from __future__ import annotations
 
+import functools
+import operator
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
@@ -21,9 +23,9 @@ import torch
 from torch import fx, nn
 
 from .errors import NonLocal
-from .layout import BATCH, TIME, Dim, Layout, Sizes, dim, from_sizes
+from .layout import TIME, Dim, Layout, Sizes, dim, from_sizes
 from .schedule import Taps
-from .stream_graph import Carry, Constant, Fill, Length, Lower, Op, Read, StreamGraph, Value, View, read
+from .stream_graph import Carry, Fill, Length, Lower, Op, Read, StreamGraph, Value, View, read
 
 Fact = Any  # Value, Static, InClip, or a tuple of these
 Rule = Callable[["Call"], Fact]
@@ -80,6 +82,8 @@ NEEDS_NO_RULE = {
     torch.ops.aten.type_as.default,
     torch.ops.aten._weight_norm.default,
 }
+
+
 @dataclass(frozen=True)
 class Head(InClip):
     """The first frames of a stream: ``0 .. count-1``, as one that is put before the stream needs them.
@@ -105,12 +109,12 @@ def rule(*overloads: torch._ops.OpOverload) -> Callable[[Rule], Rule]:
     """
 
     def register(function: Rule) -> Rule:
-        for overload in overloads:
-            if not isinstance(overload, torch._ops.OpOverload):
-                raise TypeError(f"{overload} is not an overload")
-            if overload in _RULES:
-                raise ValueError(f"{overload} has a rule already")
-            _RULES[overload] = function
+        for op in overloads:
+            if not isinstance(op, torch._ops.OpOverload):
+                raise TypeError(f"{op} is not an overload")
+            if op in _RULES:
+                raise ValueError(f"{op} has a rule already")
+            _RULES[op] = function
         return function
 
     return register
@@ -127,8 +131,8 @@ def edges(*overloads: torch._ops.OpOverload) -> None:
 def overloads(names: str) -> Iterable[torch._ops.OpOverload]:
     """The ATen overloads named ``"relu.default add.Tensor ..."``, less those that this torch does not have."""
     for name in names.split():
-        packet, _, overload = name.partition(".")
-        found = getattr(getattr(torch.ops.aten, packet, None), overload, None)
+        packet, _, variant = name.partition(".")
+        found = getattr(getattr(torch.ops.aten, packet, None), variant, None)
         if found is not None:
             yield found
 
@@ -140,7 +144,7 @@ def takes_edges(target: Any) -> bool:
 
 def find_rule(target: Any) -> Rule | None:
     """The rule of an overload, or the one for all pointwise ops, or None."""
-    from . import rules  # noqa: PLC0415  fills the registry on first use
+    from . import rules
 
     if target in _RULES:
         return _RULES[target]
@@ -233,9 +237,7 @@ class Call:
         """A dimension of the (first) result that `value` has too, perhaps with another size."""
         sizes = [s[0] if s and isinstance(s[0], tuple) else s for s in self.sizes]
         after = tuple(s[axis] for s in sizes)
-        before = tuple(
-            value.layout.sizes(b, n)[axis] for b, n in zip(self.graph.batch, value.lengths, strict=True)
-        )
+        before = tuple(value.layout.sizes(b, n)[axis] for b, n in zip(self.graph.batch, value.lengths, strict=True))
         return value.layout[axis] if before == after else from_sizes([after], self.graph.batch)[0]
 
     def length_like(self, wanted: Sizes) -> tuple[Value, Length]:
@@ -244,20 +246,24 @@ class Call:
             if value.lengths == wanted:
                 return value, lambda n: n
         for value in self.graph.inputs:
-            differences = {w - n for w, n in zip(wanted, value.lengths, strict=True)}
-            if len(set(value.lengths)) > 1 and len(differences) == 1:
-                more = differences.pop()
-                return value, lambda n: n + more
+            differences = [w - n for w, n in zip(wanted, value.lengths, strict=True)]
+            if len(set(value.lengths)) > 1 and len(set(differences)) == 1:
+                return value, functools.partial(operator.add, differences[0])
         raise NonLocal("its length follows the clip's in a way that is not understood")
 
     # -- making values -----------------------------------------------------------------------------------------------
 
-    def emit(
+    def emit(self, layout: Layout, reads: Sequence[Read], *, lower: Lower, **options: Any) -> Value:
+        """Append an op with one result; see `emit_several`."""
+        return self.emit_several([layout], reads, lower=lower, several=False, **options)[0]
+
+    def emit_several(
         self,
-        layout: Layout | Sequence[Layout],
+        layouts: Sequence[Layout],
         reads: Sequence[Read],
         *,
         lower: Lower,
+        several: bool = True,
         rate: Fraction | None = None,
         length: Length | None = None,
         length_of: Sequence[Value] | None = None,
@@ -270,11 +276,11 @@ class Call:
         dtypes: Sequence[torch.dtype] | None = None,
         nodes: Sequence[fx.Node] | None = None,
         masked_until: int = 0,
-    ) -> Any:
-        """Append an op; returns its value, or a tuple of values if several layouts are given.
+    ) -> tuple[Value, ...]:
+        """Append an op; returns its values.
 
         Args:
-            layout: of the result(s).
+            layouts: of the results.
             reads: what it reads.
             lower: emits it into a generated program.
             rate, length: of the results; default those of the first source.
@@ -285,8 +291,6 @@ class Call:
             nodes: the traced arguments that the reads stand for; default all that are streams.
             masked_until: its first so many frames are made by a masked program, whatever it reads.
         """
-        several = not isinstance(layout, Layout)
-        layouts: Sequence[Layout] = layout if several else [layout]  # type: ignore[list-item,assignment]
         sources = tuple(length_of if length_of is not None else [r.source for r in reads])
         length = length or (lambda n, *_: n)
         inputs = [r.source for r in reads] + list(sources)
@@ -310,7 +314,7 @@ class Call:
             )
             op.outputs.append(self.graph.add_value(value))
         self.graph.ops.append(op)
-        return tuple(op.outputs) if several else op.outputs[0]
+        return tuple(op.outputs)
 
     def view(self, value: Value, offset: int, length: Length, fill: Fill | None = None) -> Value:
         """`value` read at other indices: frame i is frame ``i + offset``, `fill` outside; nothing is computed."""
@@ -339,9 +343,10 @@ class Call:
         rates = {v.rate for v in values}
         self.require(len(rates) == 1, "its arguments have different frame rates")
         self.require(len({v.lengths for v in values}) == 1, "its arguments have different lengths in time")
-        return self.emit(
-            layout, [read(v) for v in values], lower=lower or lower_call, length_of=[values[0]], rate=rates.pop()
-        )
+        reads = [read(v) for v in values]
+        if isinstance(layout, Layout):
+            return self.emit(layout, reads, lower=lower or lower_call, length_of=[values[0]])
+        return self.emit_several(layout, reads, lower=lower or lower_call, length_of=[values[0]])
 
     def dtype(self, index: int | None = None) -> torch.dtype:
         """The (index-th) result's dtype."""
@@ -421,20 +426,3 @@ def _plain(arg: Any) -> Any:
     if isinstance(arg, (list, tuple)):
         return tuple(_plain(a) for a in arg)
     return arg
-
-
-__all__ = [
-    "BATCH",
-    "Call",
-    "Carry",
-    "Constant",
-    "Fact",
-    "Head",
-    "InClip",
-    "Sample",
-    "Static",
-    "Tail",
-    "find_rule",
-    "overloads",
-    "rule",
-]

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
 
-from .stream_graph import Op, StreamGraph, Value, View
+from .stream_graph import Op, Read, StreamGraph, Value, View
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,10 @@ class Counter:
             length[v] = v.length(*(length[s] for s in v.length_sources)) if v.length_sources else v.length(n)
         available = {v: length[v] for v in self.graph.inputs}
         for op in self.graph.ops:
-            ready = [r.ready_taps.ready(available[r.source]) for r in op.reads]
+            ready = [
+                r.ready_taps.ready(min([available[r.source], *(length[v] + shift for v, shift in r.through)]))
+                for r in op.reads
+            ]
             for v in op.outputs:
                 available[v] = min([length[v], *ready])
         for v in self.graph.values:
@@ -145,7 +148,7 @@ def _settled(schedule: Schedule) -> tuple[int, int]:
     return settled, sequential
 
 
-def _start(read: Any) -> int:
+def _start(read: Read) -> int:
     """The source index from which on all of a read's levels are inside."""
     return max(level.shift for level in read.levels)
 

@@ -7,7 +7,7 @@ each of its output frames needs; everything about delays and buffers follows fro
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from fractions import Fraction
 from typing import Any
@@ -103,6 +103,8 @@ class Read:
         wait: further frames that must be there before (mirrored padding at the start).
         keep: further frames to keep in history (mirrored padding at the end).
         field: the frames that an output frame depends on, where an op carries some of them as a sum.
+        offset: source index minus the index that the op sees (it may read through views).
+        through: the views, each with source index minus its own: a frame is there once it is sure to exist in all.
     """
 
     source: Value
@@ -111,6 +113,8 @@ class Read:
     wait: int = 0
     keep: int = 0
     field: Taps | None = None
+    offset: int = 0
+    through: tuple[tuple[Value, int], ...] = ()
 
     @property
     def ready_taps(self) -> Taps:
@@ -125,7 +129,7 @@ class Read:
 
 @dataclass(frozen=True)
 class Window:
-    """Consecutive frames of a value inside a generated program: indices ``start .. stop-1``."""
+    """Consecutive frames of a value inside a generated program: indices ``start .. stop-1``, as the op sees them."""
 
     node: fx.Node
     start: int
@@ -240,8 +244,14 @@ class StreamGraph:
         return value
 
 
+SAME = Taps()
+
+
 def read(
-    value: Value, taps: Taps = Taps(), fill: float | None = None, field: Taps | None = None  # noqa: B008 (frozen)
+    value: Value,
+    taps: Taps = SAME,
+    fill: float | None = None,
+    field: Taps | None = None,
 ) -> Read:
     """A read of `value`, resolved through its views to the value that has the frames.
 
@@ -255,9 +265,12 @@ def read(
     offset = wait = keep = 0
     if fill is not None:
         levels.append(Level(value, 0, Constant(fill)))
+    through: list[tuple[Value, int]] = []
     while isinstance(value.producer, View):
+        through.append((value, 0))
         view = value.producer
         offset += view.offset
+        through = [(v, shift + view.offset) for v, shift in through]
         levels = [Level(level.value, level.shift + view.offset, level.fill) for level in levels]
         if view.fill is not None:
             levels.insert(0, Level(view.source, 0, view.fill))
@@ -268,9 +281,13 @@ def read(
                 keep = max(keep, (2 if view.fill.mode == "reflect" else 1) * view.fill.right)
         value = view.source
     # shifts are relative to the index of the value that is finally read
-    return Read(value, taps.shifted(offset), tuple(levels), max(wait, 0), keep, field and field.shifted(offset))
-
-
-def same(values: Sequence[Value]) -> bool:
-    """Whether all values are one."""
-    return all(v is values[0] for v in values)
+    return Read(
+        value,
+        taps.shifted(offset),
+        tuple(levels),
+        max(wait, 0),
+        keep,
+        field and field.shifted(offset),
+        offset,
+        tuple(through),
+    )

@@ -10,15 +10,22 @@ import torch
 from .errors import StateError
 from .program import StateSpec
 
-COUNT = "count"
+COUNT, BATCH = "count", "batch"
 
 
 @dataclass(frozen=True)
 class StreamState:
-    """Where a stream is: ticks consumed, and what is kept (None before the first frame, when nothing is)."""
+    """Where a stream is.
+
+    Attributes:
+        count: ticks consumed.
+        tensors: what is kept; None before the first frame.
+        batch: its batch size; None before the first frame, or where there is no batch axis.
+    """
 
     count: int = 0
     tensors: tuple[torch.Tensor, ...] | None = None
+    batch: int | None = None
 
 
 def allocate(specs: Sequence[StateSpec], batch: int, device: torch.device) -> tuple[torch.Tensor, ...]:
@@ -29,7 +36,8 @@ def allocate(specs: Sequence[StateSpec], batch: int, device: torch.device) -> tu
 def snapshot(state: StreamState, specs: Sequence[StateSpec]) -> dict[str, torch.Tensor]:
     """A flat dict of copies, nothing shared with the stream."""
     tensors = {} if state.tensors is None else {s.name: t.clone() for s, t in zip(specs, state.tensors, strict=True)}
-    return {COUNT: torch.tensor(state.count, dtype=torch.int64), **tensors}
+    batch = {} if state.batch is None else {BATCH: torch.tensor(state.batch, dtype=torch.int64)}
+    return {COUNT: torch.tensor(state.count, dtype=torch.int64), **batch, **tensors}
 
 
 def restore(snap: dict[str, torch.Tensor], specs: Sequence[StateSpec], device: torch.device) -> StreamState:
@@ -40,19 +48,20 @@ def restore(snap: dict[str, torch.Tensor], specs: Sequence[StateSpec], device: t
     """
     if not isinstance(snap, dict) or COUNT not in snap:
         raise StateError("a state is a dict as get_state() returns it, with an entry 'count'")
-    names = set(snap) - {COUNT}
+    names = set(snap) - {COUNT, BATCH}
     wanted = {s.name for s in specs}
     count = int(snap[COUNT])
     if count < 0:
         raise StateError(f"a stream cannot have had {count} frames")
-    if not names and (count == 0 or not wanted):
-        return StreamState(count, None if wanted else ())
+    batch = int(snap[BATCH]) if BATCH in snap else None
+    if not names and count == 0:
+        return StreamState()
     if names != wanted:
         raise StateError(
             f"the state is of another model: missing {sorted(wanted - names)}, unknown {sorted(names - wanted)}"
         )
     tensors = []
-    batches: set[int] = set()
+    batches = set() if batch is None else {batch}
     for spec in specs:
         t = snap[spec.name]
         if not isinstance(t, torch.Tensor) or t.dtype != spec.dtype or len(t.shape) != len(spec.dims):
@@ -65,4 +74,4 @@ def restore(snap: dict[str, torch.Tensor], specs: Sequence[StateSpec], device: t
         tensors.append(t.detach().clone().to(device))
     if len(batches) > 1:
         raise StateError(f"the state's tensors have different batch sizes: {sorted(batches)}")
-    return StreamState(count, tuple(tensors))
+    return StreamState(count, tuple(tensors), batch)

@@ -207,6 +207,7 @@ def check_batch(case: Case) -> None:
         clips = case.sample.inputs(case.sample.length, batch=batch)
         wanted = expected_frames(case, clips)
         case.run(clips).finish().expect(wanted)
+        case.run(clips).chunk_to(case.sample.length).flush().expect(wanted)
 
 
 def check_aliasing(case: Case) -> None:
@@ -263,7 +264,7 @@ def check_latency(case: Case) -> None:
     run = case.run(case.sample.inputs(length)).steps_to(length)
     for i, reach in measured(case):
         came = [t for t, counts in enumerate(run.counts) for _ in range(counts[i])]
-        for j, due in enumerate(due for due in reach.due() if due + lag < length):
+        for j, due in enumerate(due for due in reach.due(steady_rate(case, i)) if due + lag < length):
             require(j < len(came), f"output {i}, frame {j} waits for the flush; it was due at step {due}")
             require(came[j] <= due + lag, f"output {i}, frame {j} comes at step {came[j]}; it was due at step {due}")
 

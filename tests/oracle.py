@@ -43,7 +43,7 @@ class Oracle:
         self.horizon = sample.whole(sample.length + 20)
         self.due: dict[int, list[int]] = {}
         for i, reach in zip(self.case.streams, measure_reach(self.case, self.horizon), strict=True):
-            self.due[i] = reach.due()
+            self.due[i] = reach.due(steady_rate(self.case, i))
             self.outputs[i].stride = 1 / steady_rate(self.case, i)
             self.outputs[i].receptive_field = math.inf if sample.is_unbounded(i) else reach.span()
         for i, output in enumerate(self.outputs):
@@ -51,7 +51,7 @@ class Oracle:
                 features = Case(replace(sample, kind="stream", output_time_dim="same"), self, self.model.features)
                 length = features.example[0][i].shape[sample.stack_dim]
                 features.kinds = ["stream"]
-                self.due[i] = measure_reach(features, self.horizon)[0].due()[length - 1 :]
+                self.due[i] = measure_reach(features, self.horizon)[0].due(steady_rate(features, 0))[length - 1 :]
             if output.equivalence != "stream":
                 output.stride = sample.stride
             if i in self.due:

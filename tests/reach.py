@@ -1,7 +1,9 @@
 """Delay and receptive field as measured: change one frame of a clip and see which output frames of the module move."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 
 import torch
 from torch import Tensor
@@ -20,9 +22,15 @@ class Reach:
     last: list[int]
     certain: list[int]
 
-    def due(self) -> list[int]:
-        """The earliest step at which each frame is fixed and sure to exist; frames come in order."""
+    def due(self, rate: Fraction) -> list[int]:
+        """The earliest step at which each frame is fixed and sure to exist.
+
+        Frames come in order, and at an even rate: those at the start that depend on no input are not pulled ahead.
+        """
         steps = [max(0, a, b) for a, b in zip(self.last, self.certain, strict=True)]
+        fixed = next((j for j, last in enumerate(self.last) if last >= 0), 0)
+        for j in range(fixed):
+            steps[j] = max(steps[j], steps[fixed] - math.floor((fixed - j) / rate))
         return [max(steps[: j + 1]) for j in range(len(steps))]
 
     def span(self) -> int:

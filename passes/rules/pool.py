@@ -68,15 +68,16 @@ def max_pool(call: Call) -> Fact:
         y = b.call(op, windows, padding=spatial, stride=stride)
         return (b.getitem(y, 0), None) if indices else y
 
-    value = call.emit(
-        [layout] * 2 if indices else layout,
+    values = call.emit_several(
+        [layout] * (2 if indices else 1),
         [read(x, Taps(s, 1, -p, d * (k - 1) - p), fill=lowest if p or ceil else None)],
         rate=x.rate / s,
         length=pooled_length(k, s, p, d, ceil),
         length_of=[x],
         lower=lower,
+        several=indices,
     )
-    return value
+    return values if indices else values[0]
 
 
 @rule(*overloads("avg_pool1d.default avg_pool2d.default avg_pool3d.default"))

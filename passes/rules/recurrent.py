@@ -11,8 +11,8 @@ import torch
 from torch import fx, nn
 
 from ..layout import TIME, Layout, dim
-from ..registry import Call, Carry, Fact, Sample, Static, Tail, rule
-from ..stream_graph import Window, read
+from ..registry import Call, Fact, Sample, Static, Tail, rule
+from ..stream_graph import Carry, Window, read
 
 aten = torch.ops.aten
 
@@ -25,7 +25,9 @@ def recurrent(call: Call) -> Fact:
     x = call.stream("input", clean=True)
     lstm = call.node.target is aten.lstm.input
     initial = list(args["hx"]) if lstm else [args["hx"]]
-    call.require(all(isinstance(call.fact(n), Static) for n in (*initial, *args["params"])), "its initial state depends on time")
+    call.require(
+        all(isinstance(call.fact(n), Static) for n in (*initial, *args["params"])), "its initial state depends on time"
+    )
     time = 1 if args["batch_first"] else 0
     if len(x.layout) == 2:
         time = 0
@@ -33,9 +35,10 @@ def recurrent(call: Call) -> Fact:
     layout = x.layout.replace(-1, dim(call.node.meta["val"][0].shape[-1]))
     hidden_layouts = [call.static_layout(n) for n in initial]
     carries = [
-        Carry(name, lay, n.meta["val"].dtype, n) for name, lay, n in zip(("hidden", "cell"), hidden_layouts, initial, strict=False)
+        Carry(name, lay, n.meta["val"].dtype, n)
+        for name, lay, n in zip(("hidden", "cell"), hidden_layouts, initial, strict=False)
     ]
-    needs_hidden = any(u.args[1] > 0 for u in call.node.users)
+    needs_hidden = any(u.args[1] != 0 for u in call.node.users)
 
     def run(b: Any, op: Any, window: Window, state: list[fx.Node]) -> tuple[fx.Node, list[fx.Node]]:
         got = b.call(op, [window], hx=state if lstm else state[0])
@@ -56,7 +59,7 @@ def recurrent(call: Call) -> Fact:
         stacked = [b.cat([h[i] for h in hidden], 0) if needs_hidden else None for i in range(len(state))]
         return (b.cat(outputs, time), *stacked), state
 
-    values = call.emit(
+    values = call.emit_several(
         [layout, *(Layout(((TIME,), *lay.dims)) for lay in hidden_layouts)],
         [read(x)],
         length_of=[x],

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from ..errors import NonLocal
-from ..layout import TIME, Grouped, Layout, Sizes, Unshapeable, dim, reshape
+from ..layout import TIME, Dim, Grouped, Layout, Sizes, Unshapeable, dim, from_sizes, reshape
 from ..registry import Call, Fact, Sample, overloads, rule
 from ..schedule import Taps
 from ..stream_graph import Value, read
@@ -57,7 +57,9 @@ def permute(call: Call) -> Fact:
     return _permuted(call, x, [d % len(x.layout) for d in call.arg("dims")])
 
 
-@rule(*overloads("transpose.int swapaxes.default swapdims.default t.default numpy_T.default mT.default adjoint.default"))
+@rule(
+    *overloads("transpose.int swapaxes.default swapdims.default t.default numpy_T.default mT.default adjoint.default")
+)
 def transpose(call: Call) -> Fact:
     """Two dimensions exchanged."""
     x = call.stream("self")
@@ -114,9 +116,7 @@ def expand(call: Call) -> Fact:
     )
 
 
-def _static(call: Call, sizes: Sizes) -> tuple[object, ...]:
-    from ..layout import from_sizes  # noqa: PLC0415
-
+def _static(call: Call, sizes: Sizes) -> Dim:
     try:
         return from_sizes([sizes], call.graph.batch)[0]
     except Unshapeable:

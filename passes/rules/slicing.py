@@ -279,7 +279,7 @@ def slice_scatter(call: Call) -> Fact:
         x.layout,
         [read(x), over],
         length_of=[x],
-        lower=lambda b, op, windows, span, _: b.where_inside(over.levels[0], windows[1], windows[0].node, x.layout),
+        lower=lambda b, op, windows, span, _: b.where_inside(over, windows[1], windows[0].node, x.layout),
     )
 
 

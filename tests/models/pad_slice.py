@@ -113,6 +113,8 @@ SAMPLES = [
     net("slice_step", lambda m, x: x[:, :, 1::3], fields={"length": 25}),
     net("slice_middle_step", lambda m, x: m.conv(x)[..., 1:-3:2], conv=conv3),
     net("slice_conv_end", lambda m, x: m.conv(x)[:, :, :-2] + x[:, :, 1:-3].mean(1, keepdim=True), conv=conv3),
+    net("slice_end_then_pad", lambda m, x: x - F.pad(x[:, :, :-3], (0, 3))),
+    net("slice_end_then_padded_conv", lambda m, x: m.conv(x[:, :, 1:-2]), conv=lambda: nn.Conv1d(3, 2, 3, padding=3)),
     net("slice_narrow", lambda m, x: m.conv(x.narrow(2, 1, x.size(2) - 3)), conv=conv3),
     net("slice_even_odd", lambda m, x: x[:, :, ::2] * x[:, :, 1::2], fields={"multiple": 2, "length": 24}),
     net(
