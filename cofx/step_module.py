@@ -12,16 +12,16 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils import _pytree as pytree
 
-from .inputs import InputSpec, make_clock
+from .compiled import Compiled
+from .inputs import make_clock
 from .passes.capture import Clock
-from .passes.codegen.graph_module import FOREVER, Key, generate, state_specs
+from .passes.codegen.graph_module import Key
 from .passes.errors import CaptureError
-from .passes.pipeline import Leaf, Plan, compile_plan, tensors
+from .passes.pipeline import Leaf, Plan, compile_plan
 from .runtime.errors import InputError
-from .runtime.program import Program
-from .runtime.state import StreamState, allocate, restore, snapshot
+from .runtime.state import StreamState, restore, snapshot
+from .verification import Verification, verify
 
 MODES = ("forward", "forward_step", "forward_steps")
 TRIALS = (16, 32, 64, 128, 256, 512, 1024, 2048, 24, 48, 96, 192)  # clip lengths to trace with where none is given
@@ -288,6 +288,16 @@ class StepModule(nn.Module):
         """Load the model's own state dict."""
         return self.model.load_state_dict(*args, **kwargs)
 
+    def verify(self, *inputs: torch.Tensor) -> Verification:
+        """Stream these clips anew and compare with the offline model; the running stream stays as it is.
+
+        Args:
+            inputs: clips of any length that the model takes; the longer, the more is compared.
+        """
+        self._ready(inputs, frames=False)
+        self.compiled.spec.check(inputs, self.compiled.spec.ticks(inputs), None, frames=False)
+        return verify(self.model, self.compiled, inputs)
+
     # -- what is known of it -----------------------------------------------------------------------------------------
 
     @property
@@ -353,156 +363,3 @@ def _info(plan: Plan, leaf: Leaf) -> OutputInfo:
     if about is None:
         return OutputInfo(0, 0, 1, 0, "stream")
     return OutputInfo(about.delay, about.receptive_field, about.stride, about.padding, leaf.equivalence)
-
-
-Part = tuple[torch.Tensor, int]  # frames of an output
-
-
-class Compiled:
-    """A plan with its programs: what runs."""
-
-    def __init__(self, model: nn.Module, plan: Plan, batch: int) -> None:
-        self.model, self.plan, self.batch = model, plan, batch
-        self.open_batch = plan.capture.symbolic_batch or all(b is None for b in plan.clock.batch_dims)
-        self.specs = state_specs(plan.schedule)
-        self.spec = InputSpec.of(plan)
-        self.programs: dict[Key, Program] = {}
-        self._seen = self._fingerprint()
-        before = plan.schedule.counts(0)
-        self.early = any(before[v] > 0 for op in plan.schedule.graph.ops for v in op.outputs)
-        self.masks = plan.schedule.settled > 0 or any(
-            op.carries or any(r.levels for r in op.reads) for op in plan.schedule.graph.ops
-        )
-
-    def _fingerprint(self) -> tuple[tuple[int, int], ...]:
-        return tuple((id(t), t._version) for t in (*self.model.parameters(), *self.model.buffers()))
-
-    def renew(self) -> None:
-        """Take up parameters that have changed since programs were made."""
-        seen = self._fingerprint()
-        if seen != self._seen:
-            self._seen = seen
-            self.plan.constants.renew(tensors(self.model, self.plan.capture))
-            self.programs.clear()
-            self.spec = InputSpec.of(self.plan)
-
-    def program(self, key: Key) -> Program:
-        """The program of a key, generated when first asked for."""
-        if key not in self.programs:
-            self.programs[key] = generate(self.plan, key, self.spec.device)
-        return self.programs[key]
-
-    def advance(
-        self, state: StreamState, inputs: Sequence[torch.Tensor], ticks: int, length: int | None, frames: bool
-    ) -> tuple[list[list[torch.Tensor]], StreamState]:
-        """Run `ticks` ticks from a state: for each output leaf the valid frames, and the state after.
-
-        `length`: the stream's length in ticks, if it has ended.
-        """
-        parts: list[list[torch.Tensor]] = [[] for _ in self.plan.outputs]
-        done = 0
-        while done < ticks:
-            take = self._piece(state.count, ticks - done)
-            piece = inputs if take == ticks else self.spec.part(inputs, done, take)
-            got, state = self._run(state, piece, take, length, frames)
-            for part, tensor in zip(parts, got, strict=True):
-                if tensor is not None:
-                    part.append(tensor)
-            done += take
-        return parts, state
-
-    def _piece(self, count: int, ticks: int) -> int:
-        """How many ticks can be taken at once: one by one until sequential ops have begun, to the end of the masks."""
-        schedule = self.plan.schedule
-        if any(op.sequential for op in schedule.graph.ops) and (count < schedule.sequential_from or self.single_ticks):
-            return 1
-        return ticks
-
-    @property
-    def single_ticks(self) -> bool:
-        """Whether some op can only take single ticks."""
-        return False
-
-    def _run(
-        self, state: StreamState, inputs: Sequence[torch.Tensor], ticks: int, length: int | None, frames: bool
-    ) -> tuple[list[torch.Tensor | None], StreamState]:
-        schedule = self.plan.schedule
-        cycles, phase = divmod(state.count, schedule.period)
-        first = state.count == 0 and self.early
-        key = Key(
-            phase,
-            ticks,
-            masked=self.masks and (first or length is not None or state.count < schedule.settled),
-            first=first,
-            holding=state.count < schedule.sequential_from,
-            frames=frames,
-            folded=not (torch.is_grad_enabled() and any(p.requires_grad for p in self.model.parameters())),
-        )
-        program = self.program(key)
-        kept, batch = state.tensors, state.batch
-        if kept is None:
-            batch = self.spec.batch_of(inputs, frames)
-            kept = allocate(self.specs, batch or 1, self.spec.device)
-        extra = {"count": state.count, "length": FOREVER if length is None else length}
-        where = [torch.tensor(extra[w], device=self.spec.device) for w in program.wants]
-        outputs, after = program.module(*inputs, *where, *kept)
-        results: list[torch.Tensor | None] = []
-        for leaf, span, tensor in zip(self.plan.outputs, program.outputs, outputs, strict=True):
-            results.append(self._valid(leaf, span, tensor, cycles, length, frames))
-        return results, StreamState(state.count + ticks, after, batch)
-
-    def _valid(
-        self, leaf: Leaf, span: Any, tensor: torch.Tensor | None, cycles: int, length: int | None, frames: bool
-    ) -> torch.Tensor | None:
-        """The part of a program's output whose frames exist."""
-        if tensor is None or leaf.value is None:
-            return tensor
-        schedule = self.plan.schedule
-        start = span.start + int(leaf.value.rate * schedule.period) * cycles
-        stop = start + span.frames
-        low = max(start, 0)
-        high = stop if length is None else min(stop, schedule.length(leaf.value, length))
-        if high <= low:
-            return None
-        if (low, high) == (start, stop) or (frames and leaf.single):
-            return tensor
-        return tensor.narrow(leaf.value.layout.time, low - start, high - low)
-
-    def flush(self, state: StreamState, templates: Sequence[torch.Tensor]) -> list[list[torch.Tensor]]:
-        """What is still due if the stream ends here: frames of each output leaf."""
-        schedule = self.plan.schedule
-        ticks = 0
-        for leaf in self.plan.outputs:
-            if leaf.value is not None:
-                end = schedule.length(leaf.value, state.count)
-                while schedule.count(leaf.value, state.count + ticks) < end:
-                    ticks += 1
-        if ticks == 0:
-            return [[] for _ in self.plan.outputs]
-        parts, _ = self.advance(state, self.spec.zeros(templates, ticks), ticks, state.count, frames=False)
-        return [p if leaf.value is not None else [] for p, leaf in zip(parts, self.plan.outputs, strict=True)]
-
-    def join(self, parts: list[list[torch.Tensor]]) -> list[torch.Tensor | None]:
-        """The frames of each output leaf in one tensor."""
-        joined: list[torch.Tensor | None] = []
-        for leaf, part in zip(self.plan.outputs, parts, strict=True):
-            if not part:
-                joined.append(None)
-            elif leaf.value is None:
-                joined.append(part[-1])
-            else:
-                joined.append(part[0] if len(part) == 1 else torch.cat(part, leaf.value.layout.time))
-        return joined
-
-    def pack(self, leaves: list[torch.Tensor | None], stacked: bool) -> Any:
-        """Output leaves in the model's own structure; None if nothing at all is due."""
-        out = []
-        for leaf, tensor in zip(self.plan.outputs, leaves, strict=True):
-            if tensor is not None and leaf.clip and stacked:
-                axis = next(v.layout.time for _, v in self.plan.inputs if v is not None)
-                tensor = tensor.movedim(0, min(axis, tensor.dim() - 1))
-            out.append(tensor)
-        timed = [t for leaf, t in zip(self.plan.outputs, out, strict=True) if leaf.value is not None]
-        if timed and all(t is None for t in timed):
-            return None
-        return pytree.tree_unflatten(out, self.plan.out_spec)

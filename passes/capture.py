@@ -31,6 +31,7 @@ from .registry import NEEDS_NO_RULE, find_rule
 from .symbolic_recurrence import symbolic_recurrence
 
 TIME_LIMIT = 300.0  # seconds that one way of tracing may take
+_TRACING = threading.RLock()  # torch.export keeps global state: one trace at a time
 
 
 @dataclass(frozen=True)
@@ -97,7 +98,7 @@ def capture(model: nn.Module, example: Sequence[torch.Tensor], clock: Clock, tic
         CaptureError: no way of tracing succeeded.
     """
     said = []
-    with as_for_inference(model), quiet():
+    with _TRACING, as_for_inference(model), quiet():
         for way, lanes in ((_export_open, 2), (_export_open_batch, 2), (_export_fixed, 1)):
             point = Point(max(lanes, batch), ticks)
             try:

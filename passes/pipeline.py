@@ -7,10 +7,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
-from typing import Any
+from functools import cached_property
 
 import torch
 from torch import fx, nn
@@ -24,19 +25,55 @@ from .compare_lengths import compare_lengths
 from .errors import NonLocalError, Refusal, RefusedError
 from .propagate_facts import Facts, propagate_facts
 from .registry import Call, InClip
-from .schedule_delays import Schedule, receptive_field, schedule_delays
+from .schedule_delays import Schedule, reach, schedule_delays
 from .stream_graph import Clip, Op, Value, View, read
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class Timing:
-    """Where a value stands in time, in ticks of the input (`meta["cofx"]` of every generated node)."""
+    """Where a value stands in time, in ticks of the input: ``meta["cofx"]`` of every generated node.
 
-    fact: str
-    delay: int | Fraction
-    receptive_field: float | int | Fraction
-    stride: int | Fraction
-    padding: int | Fraction
+    Worked out when asked for: a receptive field is a walk through the graph.
+    """
+
+    schedule: Schedule
+    value: Value
+
+    @cached_property
+    def fact(self) -> str:
+        """What the value is: its layout, or the promise of the clip that it is evaluated from."""
+        clip = clip_of(self.value)
+        return f"Clip({clip.equivalence})" if clip else f"Stream({self.value.layout})"
+
+    @cached_property
+    def delay(self) -> int:
+        """The index of the tick at which its first frame comes."""
+        low, high = 0, 1
+        while self.schedule.count(self.value, high) < 1:
+            low, high = high, high * 2
+        while high - low > 1:
+            middle = (low + high) // 2
+            low, high = (low, middle) if self.schedule.count(self.value, middle) >= 1 else (middle, high)
+        return high - 1
+
+    @cached_property
+    def _reach(self) -> Fraction:
+        return reach(self.schedule, self.value)
+
+    @property
+    def receptive_field(self) -> float | int | Fraction:
+        """Ticks of input on which a frame depends; infinite with memory."""
+        return math.inf if self.value.memory else whole(self._reach)
+
+    @property
+    def stride(self) -> int | Fraction:
+        """Ticks per frame."""
+        return whole(1 / self.value.rate)
+
+    @property
+    def padding(self) -> int | Fraction:
+        """``receptive_field - 1 - delay``, memory left out of the receptive field."""
+        return whole(self._reach - 1 - self.delay)
 
     def __str__(self) -> str:
         return f"{self.fact} delay={self.delay} rf={self.receptive_field} stride={self.stride} pad={self.padding}"
@@ -82,7 +119,7 @@ class Plan:
         if value is None:
             return None
         if value not in self.timings:
-            self.timings[value] = timing(self.schedule, value)
+            self.timings[value] = Timing(self.schedule, value)
         return self.timings[value]
 
     def batch_input(self, frames: bool) -> tuple[int, int] | None:
@@ -246,29 +283,6 @@ def clip_of(value: Value | None) -> Clip | None:
     return value.producer.clip if value is not None and isinstance(value.producer, Op) else None
 
 
-def timing(schedule: Schedule, value: Value) -> Timing:
-    """Delay, receptive field, stride and padding of a value in ticks, as DESIGN's section 3 has them."""
-    delay = first_tick(schedule, value) - 1
-    field, finite = receptive_field(schedule, value)
-    stride = 1 / value.rate
-    clip = clip_of(value)
-    fact = f"Clip({clip.equivalence})" if clip else f"Stream({value.layout})"
-    return Timing(fact, delay, whole(field), whole(stride), whole(finite - 1 - delay))
-
-
-def first_tick(schedule: Schedule, value: Value) -> int:
-    """The number of ticks after which a value has its first frame."""
-    low, high = 0, 1
-    while schedule.count(value, high) < 1:
-        low, high = high, high * 2
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (low, middle) if schedule.count(value, middle) >= 1 else (middle, high)
-    return high
-
-
-def whole(number: Any) -> Any:
-    """An int where a Fraction is whole; infinity stays as it is."""
-    if isinstance(number, Fraction) and number.denominator == 1:
-        return int(number)
-    return number
+def whole(number: Fraction) -> int | Fraction:
+    """An int where a Fraction is whole."""
+    return int(number) if number.denominator == 1 else number

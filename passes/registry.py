@@ -61,7 +61,15 @@ class Tail(InClip):
 
 @dataclass(frozen=True)
 class Sample:
-    """A small module that exercises a rule: the contract test runs over all of them."""
+    """A small module that exercises a rule: the contract test runs over all of them.
+
+    Attributes:
+        shape: of the example, one for each input if there are several.
+        length, multiple: of the test stream (default twice the example's and some), and what it must be a multiple of.
+        unbounded: the receptive field is infinite.
+        lag: steps that an output may come later than it could (mirrored padding waits as long as its start needs).
+        output_time_dim: where the output has its time axis, if not where the input has it.
+    """
 
     name: str
     build: Callable[[], nn.Module]
@@ -69,6 +77,9 @@ class Sample:
     time_dim: int = 2
     length: int = 0
     multiple: int = 1
+    unbounded: bool = False
+    lag: int = 0
+    output_time_dim: int | str = "same"
 
 
 # ops that leave the graph before rules are asked, or that only make static values

@@ -170,11 +170,10 @@ def _first(schedule: Schedule, op: Op, holds: Any) -> int:
     return low
 
 
-def receptive_field(schedule: Schedule, value: Value) -> tuple[float | Fraction, Fraction]:
-    """The receptive field of one output in ticks: true (infinite with memory), and with memory left out."""
+def reach(schedule: Schedule, value: Value) -> Fraction:
+    """The receptive field of a value in ticks, memory left out."""
     cycle = int(value.rate * schedule.period)
-    worst = max(_reach(schedule.graph, value, j) for j in range(1000 * cycle, 1001 * cycle))
-    return (math.inf if value.memory else worst), worst
+    return max(_reach(schedule.graph, value, j) for j in range(1000 * cycle, 1001 * cycle))
 
 
 def _reach(graph: StreamGraph, value: Value, j: int) -> Fraction:

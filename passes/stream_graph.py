@@ -233,13 +233,14 @@ class StreamGraph:
     inputs: list[Value] = field(default_factory=list)
     ops: list[Op] = field(default_factory=list)
     values: list[Value] = field(default_factory=list)
+    _names: set[str] = field(default_factory=set)
 
     def add_value(self, value: Value) -> Value:
         """Give the value a name of its own and append it."""
-        taken = {v.name for v in self.values}
         base, k = value.name, 1
-        while value.name in taken:
+        while value.name in self._names:
             value.name, k = f"{base}_{k}", k + 1
+        self._names.add(value.name)
         self.values.append(value)
         return value
 

@@ -454,6 +454,8 @@ class Builder:
                 parts.append(self.states[f"state_{value.name}"])
             if new is not None:
                 parts.append(self.split(new.node, value.layout, new.stop - new.start))
+            if not parts:  # nothing is there yet: what is asked lies before the start
+                return Window(self.full(self.sizes(value.layout.split(), stop - start), 0, value.dtype), start, stop)
             node = self.cat(parts, value.layout.split().time, name=f"delay_{value.name}")
             self.buffers[value] = Window(node, at.start - history, at.stop)
         return self.buffers[value]

@@ -78,7 +78,7 @@ def random(call: Call) -> Fact:
 class _Positions(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.table = nn.Parameter(torch.randn(64, 3))
+        self.table = nn.Parameter(torch.randn(400, 3))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(batch, time, channels) plus a table of positions and a ramp."""

@@ -61,4 +61,4 @@ class _Cumulative(nn.Module):
         return x.cumsum(2) + x.sigmoid().cumprod(-1) + x.cummax(2).values
 
 
-SAMPLES = [Sample("cumulative", _Cumulative, (2, 3, 9))]
+SAMPLES = [Sample("cumulative", _Cumulative, (2, 3, 9), unbounded=True)]

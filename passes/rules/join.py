@@ -106,7 +106,7 @@ def beside(call: Call, nodes: list[fx.Node]) -> Value:
         place = b.aten("where.self", b.aten("lt.Scalar", index, left), index, behind)
         place = b.aten("clamp.default", place, 0, left + right - 1)
         static = b.aten("index_select.default", frames, time, place)
-        return b.where_inside(over, windows[0], static, x.layout)  # type: ignore[no-any-return]
+        return b.where_inside(over, windows[0], static, x.layout)
 
     return call.emit(x.layout, [over], length_of=[moved], lower=lower, indexed=True, padded=True, nodes=[streams[0]])
 
@@ -122,7 +122,7 @@ def _number(node: fx.Node) -> float | None:
     return float(node.args[1]) if node.target is aten.full.default else None  # type: ignore[arg-type]
 
 
-SAMPLES = [Sample("stack_and_cat", lambda: _Joined(), (2, 3, 9))]
+SAMPLES = [Sample("stack_and_cat", lambda: _Joined(), (2, 3, 9), output_time_dim=3)]
 
 
 class _Joined(nn.Module):

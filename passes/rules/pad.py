@@ -66,8 +66,8 @@ def pad(call: Call) -> Fact:
 
 SAMPLES = [
     Sample("causal", lambda: nn.Sequential(nn.ConstantPad1d((2, 0), 1.5), nn.Conv1d(2, 3, 3)), (2, 2, 10)),
-    Sample("reflect", lambda: nn.Sequential(nn.ReflectionPad1d((2, 1)), nn.Conv1d(2, 3, 4)), (2, 2, 10)),
-    Sample("replicate", lambda: nn.Sequential(nn.ReplicationPad1d((4, 3)), nn.Conv1d(2, 3, 3)), (2, 2, 10)),
+    Sample("reflect", lambda: nn.Sequential(nn.ReflectionPad1d((2, 1)), nn.Conv1d(2, 3, 4)), (2, 2, 10), lag=1),
+    Sample("replicate", lambda: nn.Sequential(nn.ReplicationPad1d((4, 3)), nn.Conv1d(2, 3, 3)), (2, 2, 10), lag=2),
     Sample("crop", lambda: _Crop(), (2, 2, 12)),
 ]
 

@@ -84,4 +84,4 @@ class _Lstm(nn.Module):
         return y
 
 
-SAMPLES = [Sample("lstm", _Lstm, (2, 9, 3), 1)]
+SAMPLES = [Sample("lstm", _Lstm, (2, 9, 3), 1, unbounded=True)]

@@ -198,6 +198,26 @@ def pixel_shuffle(call: Call) -> Fact:
 
 
 SAMPLES = [
-    Sample("fold_and_back", lambda: nn.Unflatten(1, (2, 2)), (2, 4, 9), 2),
-    Sample("channel_shuffle", lambda: nn.ChannelShuffle(2), (2, 4, 9, 3), 0),
+    Sample("unflatten", lambda: nn.Unflatten(1, (2, 2)), (2, 4, 9), output_time_dim=3),
+    Sample("fold_and_back", lambda: _Fold(), (2, 4, 9, 3)),
+    Sample("pairs_of_frames", lambda: _Pairs(), (2, 3, 8), multiple=2, length=22),
 ]
+
+
+class _Fold(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv1d(4, 2, 3, padding=1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(batch, channels, time, space) through a convolution over space, time folded into the batch."""
+        b, c, t, v = x.shape
+        y: torch.Tensor = self.conv(x.permute(0, 2, 1, 3).reshape(b * t, c, v))
+        return y.reshape(b, t, -1, v).transpose(1, 2)
+
+
+class _Pairs(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(batch, channels, time) -> (batch, channels, time / 2): the mean of every two frames."""
+        b, c, t = x.shape
+        return x.reshape(b, c, t // 2, 2).mean(-1)
