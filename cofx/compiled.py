@@ -15,6 +15,9 @@ from .passes.pipeline import Leaf, Plan, tensors
 from .runtime.program import OutputSpan, Program
 from .runtime.state import StreamState, allocate
 
+EVALUATIONS = 8  # of a clip in one program
+KEPT_PROGRAMS = 512
+
 
 class Compiled:
     """A plan with its programs: what runs."""
@@ -25,6 +28,7 @@ class Compiled:
         self.specs = state_specs(plan.schedule)
         self.spec = InputSpec.of(plan)
         self.programs: dict[Key, Program] = {}
+        self.clips = [(c.first, c.every) for op in plan.schedule.graph.ops if (c := op.clip) is not None]
         self._seen = self._fingerprint()
         before = plan.schedule.counts(0)
         self.early = any(before[v] > 0 for op in plan.schedule.graph.ops for v in op.outputs)
@@ -47,6 +51,8 @@ class Compiled:
     def program(self, key: Key) -> Program:
         """The program of a key, generated when first asked for."""
         if key not in self.programs:
+            if len(self.programs) >= KEPT_PROGRAMS:
+                del self.programs[next(iter(self.programs))]  # the oldest
             self.programs[key] = generate(self.plan, key, self.spec.device)
         return self.programs[key]
 
@@ -70,8 +76,14 @@ class Compiled:
         return parts, state
 
     def _piece(self, count: int, ticks: int) -> int:
-        """How many ticks can be taken at once: one by one until every sequential op has come to its first frame."""
-        return 1 if count < self.plan.schedule.sequential_from else ticks
+        """How many ticks one program takes: single ones until every sequential op has come to its first frame, and
+        no more than a few evaluations of a clip, which a program repeats one by one."""
+        if count < self.plan.schedule.sequential_from:
+            return 1
+        for first, every in self.clips:
+            idle = first - 1 - count
+            ticks = min(ticks, idle if idle > 0 else EVALUATIONS * every)
+        return ticks
 
     def _run(
         self, state: StreamState, inputs: Sequence[torch.Tensor], ticks: int, length: int | None, frames: bool

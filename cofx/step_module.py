@@ -19,6 +19,7 @@ from .passes.capture import Clock
 from .passes.codegen.graph_module import Key
 from .passes.errors import CaptureError
 from .passes.pipeline import Leaf, Plan, compile_plan
+from .report import Report, report
 from .runtime.errors import InputError
 from .runtime.state import StreamState, restore, snapshot
 from .verification import Verification, verify
@@ -297,6 +298,10 @@ class StepModule(nn.Module):
         self._ready(inputs, frames=False)
         self.compiled.spec.check(inputs, self.compiled.spec.ticks(inputs), None, frames=False)
         return verify(self.model, self.compiled, inputs)
+
+    def report(self) -> Report:
+        """Multiply-adds per step and per clip, the share that is streamed, bytes of state, and what is recomputed."""
+        return report(self.compiled)
 
     # -- what is known of it -----------------------------------------------------------------------------------------
 

@@ -1,0 +1,126 @@
+"""What a compiled model costs: multiply-adds per step and per clip, the share that is streamed, bytes of state."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+from torch.utils.flop_counter import FlopCounterMode
+
+from .compiled import Compiled
+from .passes.capture import as_for_inference
+from .passes.errors import user_frame
+from .passes.registry import InClip
+from .runtime.state import StreamState
+
+
+@dataclass(frozen=True)
+class Report:
+    """The cost of a step model at batch size 1 (or the traced one, where the batch cannot be another).
+
+    Attributes:
+        macs_per_step: multiply-adds per tick in mid-stream, averaged over a period.
+        macs_per_clip: multiply-adds of the offline model on one clip of the traced length.
+        clip_frames: that length in ticks.
+        streamed: the share of the offline multiply-adds in ops that run once per frame (1 if there are none).
+        state_bytes: bytes kept between steps.
+        recomputed: for each op that ended a stream, why and where.
+    """
+
+    macs_per_step: float
+    macs_per_clip: int
+    clip_frames: int
+    streamed: float
+    state_bytes: int
+    recomputed: tuple[str, ...]
+
+    def __str__(self) -> str:
+        saved = self.macs_per_clip / self.macs_per_step if self.macs_per_step else 1.0
+        lines = [
+            f"multiply-adds per step   {self.macs_per_step:,.0f}",
+            f"multiply-adds per clip   {self.macs_per_clip:,} ({self.clip_frames} frames; {saved:.1f} times a step)",
+            f"share streamed           {self.streamed:.1%}",
+            f"state                    {self.state_bytes:,} bytes",
+        ]
+        return "\n".join([*lines, *(f"recomputed               {r}" for r in self.recomputed)])
+
+
+def report(compiled: Compiled) -> Report:
+    """Count the work of a compiled model with torch's flop counter, on random frames."""
+    plan = compiled.plan
+    ticks = plan.facts.streams.ticks[0]
+    batch = 1 if compiled.open_batch else compiled.batch
+    period, settled = plan.schedule.period, plan.schedule.settled
+    warm = max([settled, *(first for first, _ in compiled.clips)])
+    warm += -warm % period
+    with torch.no_grad(), as_for_inference(compiled.model):
+        clip = compiled.spec.zeros(compiled.spec.blank(batch, _untimed(compiled)), ticks)
+        state = StreamState()
+        for _ in range(warm):
+            _, state = compiled.advance(state, compiled.spec.part(clip, 0, 1), 1, None, frames=False)
+        step = _macs(lambda: _period(compiled, clip, state, period))
+        nodes = _macs_by_node(compiled, clip)
+    total = sum(nodes.values())
+    repeated = {n for op in plan.schedule.graph.ops if op.clip is not None for n in op.clip.nodes}
+    ended = [
+        n for n, f in plan.facts.of.items() if isinstance(f, InClip) and n in repeated and _first(n, plan.facts.of)
+    ]
+    return Report(
+        macs_per_step=step / period,
+        macs_per_clip=total,
+        clip_frames=ticks,
+        streamed=1.0 if total == 0 else 1 - sum(nodes.get(n, 0) for n in repeated) / total,
+        state_bytes=sum(t.numel() * t.element_size() for t in state.tensors or ()),
+        recomputed=tuple(f"{plan.facts.of[n].reason}: {user_frame(n)}" for n in ended),
+    )
+
+
+def _untimed(compiled: Compiled) -> list[torch.Tensor]:
+    spec = compiled.spec
+    shapes = zip(spec.shapes, spec.dtypes, spec.times, strict=True)
+    return [torch.zeros(s, dtype=d, device=spec.device) for s, d, t in shapes if t is None]
+
+
+def _first(node: fx.Node, facts: dict[fx.Node, Any]) -> bool:
+    """Whether a node is where a stream ends, and not behind another that does."""
+    return not any(isinstance(facts[n], InClip) for n in node.all_input_nodes)
+
+
+def _period(compiled: Compiled, clip: list[torch.Tensor], state: StreamState, period: int) -> None:
+    frames = compiled.spec.part(clip, 0, 1)
+    for _ in range(period):
+        _, state = compiled.advance(state, frames, 1, None, frames=False)
+
+
+def _macs(run: Callable[[], Any]) -> int:
+    with FlopCounterMode(display=False) as counter:
+        run()
+    return int(counter.get_total_flops()) // 2
+
+
+def _macs_by_node(compiled: Compiled, clip: list[torch.Tensor]) -> dict[fx.Node, int]:
+    """Multiply-adds of every traced node on one clip."""
+    found: dict[fx.Node, int] = {}
+    tensors = compiled.plan.constants.tensors
+    batch = compiled.plan.facts.streams.batch[0]
+    axes = compiled.spec.batches
+    wide = [
+        x if b is None or not compiled.open_batch else x.repeat_interleave(batch, b)
+        for x, b in zip(clip, axes, strict=True)
+    ]
+
+    class Count(fx.Interpreter):
+        def fetch_attr(self, target: str) -> Any:
+            return tensors[target]
+
+        def run_node(self, n: fx.Node) -> Any:
+            with FlopCounterMode(display=False) as counter:
+                result = super().run_node(n)
+            found[n] = int(counter.get_total_flops()) // 2 // (batch if compiled.open_batch else 1)
+            return result
+
+    Count(torch.nn.Module(), graph=compiled.plan.graph).run(*wide)
+    return found
