@@ -181,14 +181,12 @@ def _time_axis(facts: Facts, leaf: fx.Node) -> int | None:
         moving = [i for i, s in enumerate(zip(*rows, strict=True)) if len(set(s)) > 1]
         if moving and not (isinstance(fact, InClip) and fact.spectral):
             return moving[0]
+    # pooled over and kept as a dimension of size 1, or traced with the clip's length as a number
     clock = facts.streams.inputs[0]
     time, sizes = clock.layout.time, leaf.meta["sizes"][0]
-    if len(sizes) == len(clock.layout) and sizes[time] == 1:
-        return time  # pooled over, and kept as a dimension of size 1
-    if len(by_length) > 1:
+    if len(sizes) != len(clock.layout) or (isinstance(fact, InClip) and fact.spectral):
         return None
-    lengths = {v.lengths[0] for v in facts.streams.values if v.lengths[0] > 1}
-    return time if len(sizes) > time and sizes[time] in lengths else None
+    return time if sizes[time] in {1, *(v.lengths[0] for v in facts.streams.values)} else None
 
 
 def _lower(b: Any, op: Op, windows: list[Any], span: range, _: Any) -> Any:
