@@ -10,8 +10,11 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from .inputs import InputSpec
+from .passes.capture import Point
 from .passes.codegen.graph_module import FOREVER, Key, generate, state_specs
+from .passes.errors import user_frame
 from .passes.pipeline import Leaf, Plan, tensors
+from .runtime.errors import InputError
 from .runtime.program import OutputSpan, Program
 from .runtime.state import StreamState, allocate
 
@@ -28,6 +31,7 @@ class Compiled:
         self.specs = state_specs(plan.schedule)
         self.spec = InputSpec.of(plan)
         self.programs: dict[Key, Program] = {}
+        self.tables = [op for op in plan.schedule.graph.ops if op.limit is not None]
         self.clips = [(c.first, c.every) for op in plan.schedule.graph.ops if (c := op.clip) is not None]
         self._seen = self._fingerprint()
         before = plan.schedule.counts(0)
@@ -63,6 +67,7 @@ class Compiled:
 
         `length`: the stream's length in ticks, if it has ended.
         """
+        self._within_tables(state.count + ticks if length is None else length)
         parts: list[list[torch.Tensor]] = [[] for _ in self.plan.outputs]
         done = 0
         while done < ticks:
@@ -74,6 +79,16 @@ class Compiled:
                     part.append(tensor)
             done += take
         return parts, state
+
+    def _within_tables(self, ticks: int) -> None:
+        """Raise before a table of positions runs out."""
+        for op in self.tables:
+            assert op.limit is not None
+            if self.plan.schedule.count(op.outputs[0], ticks) > op.limit:
+                raise InputError(
+                    f"the stream is longer than a table of the model: {op.name} has {op.limit} entries "
+                    f"({user_frame(op.node) if op.node is not None else ''}); start a new one with clean_state()"
+                )
 
     def _piece(self, count: int, ticks: int) -> int:
         """How many ticks one program takes: single ones until every sequential op has come to its first frame, and
@@ -134,6 +149,7 @@ class Compiled:
         """What is still due if the stream ends here: frames of each output leaf."""
         schedule = self.plan.schedule
         ticks = 0
+        self._as_traced(state.count)
         for leaf in self.plan.outputs:
             if leaf.value is not None:
                 end = schedule.length(leaf.value, state.count)
@@ -143,6 +159,21 @@ class Compiled:
             return [[] for _ in self.plan.outputs]
         parts, _ = self.advance(state, self.spec.zeros(templates, ticks), ticks, state.count, frames=False)
         return [p if leaf.value is not None else [] for p, leaf in zip(parts, self.plan.outputs, strict=True)]
+
+    def _as_traced(self, ticks: int) -> None:
+        """Raise if the model, run offline on so many ticks, gives an output of another length than the stream does."""
+        capture = self.plan.capture
+        for leaf in self.plan.outputs:
+            if leaf.value is None or leaf.clip or not capture.symbolic_time:
+                continue
+            axis = leaf.value.layout.time
+            offline = capture.sample(leaf.node.meta["val"].shape[axis], Point(capture.points[0].batch, ticks))
+            streamed = self.plan.schedule.length(leaf.value, ticks)
+            if offline != streamed and max(offline, streamed) > 0:
+                raise InputError(
+                    f"a stream of {ticks} frames cannot end here: the model's sizes follow the length in steps, and "
+                    f"offline it gives {offline} frames where the stream has {streamed}"
+                )
 
     def join(self, parts: list[list[torch.Tensor]]) -> list[torch.Tensor | None]:
         """The frames of each output leaf in one tensor."""

@@ -58,6 +58,8 @@ def verify(model: nn.Module, compiled: Compiled, inputs: Sequence[torch.Tensor])
             for got, expected in pairs:
                 difference, fine = _compare(got, expected)
                 worst, exact, compared = max(worst, difference), exact and fine, compared + 1
+    if not compared:
+        raise InputError("nothing was compared: the clip is too short for the model to give an output")
     return Verification(exact, worst, compared, tuple(leaf.equivalence for leaf in compiled.plan.outputs))
 
 

@@ -10,11 +10,9 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.node import map_arg
 
 from .capture import Capture, Point
-from .symbolic_recurrence import symbolic_recurrence
 
 aten = torch.ops.aten
 
@@ -56,7 +54,7 @@ def canonicalize(capture: Capture) -> fx.Graph:
             continue
         if node.target in _ASSERTIONS:
             continue
-        if node.target in _NO_OPS or _keeps(node):
+        if (node.target in _NO_OPS and not _trains(node)) or _keeps(node):
             env[node] = env[node.args[0]]
             continue
         if node.target is aten.slice_scatter.default and _alike(node.args[1], value):
@@ -82,42 +80,7 @@ def canonicalize(capture: Capture) -> fx.Graph:
                 env[seen] = new
     graph.eliminate_dead_code()
     graph.lint()
-    for i, point in enumerate(capture.points):
-        _measure(graph, i, point.ticks == capture.points[0].ticks)
     return graph
-
-
-def _measure(graph: fx.Graph, point: int, traced: bool) -> None:
-    """Find every shape at a point by running the graph there on fake tensors.
-
-    What tracing says of the shapes is right at the traced length, but elsewhere only as good as its algebra.
-    """
-    env: dict[fx.Node, Any] = {}
-    with FakeTensorMode(allow_non_fake_inputs=True), symbolic_recurrence():
-        for node in graph.nodes:
-            if node.op == "output":
-                continue
-            said = node.meta["sizes"][point]
-            try:
-                if node.op != "call_function" or traced:
-                    raise LookupError  # it is known
-                args, kwargs = unbind(node.target, node.meta["samples"][point])
-                env[node] = node.target(*map_arg(args, env.__getitem__), **map_arg(kwargs, env.__getitem__))
-                node.meta["sizes"][point] = _shape_of(env[node])
-            except Exception:  # a number among the arguments that makes no sense at this length
-                env[node] = _fake(node.meta["val"], said)
-
-
-def _shape_of(value: Any) -> Any:
-    if isinstance(value, torch.Tensor):
-        return tuple(int(s) for s in value.shape)
-    return tuple(_shape_of(v) for v in value) if isinstance(value, (list, tuple)) else None
-
-
-def _fake(value: Any, sizes: Any) -> Any:
-    if isinstance(value, torch.Tensor):
-        return torch.empty([max(int(s), 0) for s in sizes], dtype=value.dtype, device=value.device)
-    return [_fake(v, s) for v, s in zip(value, sizes, strict=True)] if isinstance(value, (list, tuple)) else None
 
 
 # a program's tensors need not have the strides that were traced
@@ -179,6 +142,9 @@ def _sample(node: fx.Node, args: Any, capture: Capture, kwargs: Any) -> None:
     ]
     value = node.meta.get("val")
     node.meta["sizes"] = [_shape(value, capture, p) for p in capture.points]
+    if node.target is aten.linear.default:  # torch's own algebra of its last size is wrong for some strides
+        x, weight = node.args[:2]
+        node.meta["sizes"] = [(*s[:-1], *weight.meta["sizes"][0][:-1]) for s in x.meta["sizes"]]  # type: ignore[union-attr]
 
 
 def _shape(value: Any, capture: Capture, point: Point) -> Any:
@@ -243,6 +209,11 @@ _ASSERTIONS = {
     aten.sym_constrain_range_for_size.default,
     torch.sym_not,
 }
+
+
+def _trains(node: fx.Node) -> bool:
+    """Whether a dropout was asked to drop even in eval mode."""
+    return bool(bind(node.target, node.args, node.kwargs).get("train", False))
 
 
 def _is_number(value: Any) -> bool:

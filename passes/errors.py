@@ -48,7 +48,6 @@ class Refuse(Exception):
 class Refusal:
     """One op that stands in the way, told in four lines."""
 
-    kind: str
     reason: str
     node: fx.Node
     hint: str
@@ -57,7 +56,7 @@ class Refusal:
         path, line = user_frame(self.node), module_path(self.node)
         return "\n".join(
             (
-                f"{self.kind}: {self.reason}",
+                self.reason,
                 f"    node    %{self.node.name} = {self.node.target}",
                 f"    module  {line or '(the model itself)'}",
                 f"    at      {path}",

@@ -241,10 +241,9 @@ def _check(facts: Facts, leaves: list[fx.Node], values: list[Value | None], equi
             for n, f in facts.of.items()
             if isinstance(f, InClip) and not any(isinstance(facts.of[i], InClip) for i in n.all_input_nodes)
         ]
+        unasked = f"equivalence '{equivalence}' was asked for, but this output is a '{got}'"
         hint = "leave equivalence=None to have the clip recomputed, or keep this op out of the compiled model"
-        raise NonLocalError(
-            [Refusal("NonLocalError", getattr(facts.of[n], "reason", ""), n, hint) for n in ended or leaves[:1]]
-        )
+        raise NonLocalError([Refusal(getattr(facts.of[n], "reason", unasked), n, hint) for n in ended or leaves[:1]])
 
 
 def _leaf(schedule: Schedule, node: fx.Node, value: Value | None) -> Leaf:

@@ -20,6 +20,16 @@ from .layout import BATCH, TIME, Layout, Unshapeable, dim
 from .registry import Call, Fact, Head, InClip, Static, Tail, find_rule, takes_edges
 from .stream_graph import StreamGraph, Value
 
+aten = torch.ops.aten
+DRAWS_ONLY_IN_TRAINING = {
+    aten.lstm.input,
+    aten.gru.input,
+    aten.rnn_tanh.input,
+    aten.rnn_relu.input,
+    aten.scaled_dot_product_attention.default,
+    aten.rrelu.default,
+}
+
 
 @dataclass
 class Facts:
@@ -87,6 +97,10 @@ def _fact(node: fx.Node, facts: Facts, capture: Capture) -> Fact:
     random = torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
     if timeless and not random and not _depends_on_length(node, facts.streams):
         return Static()
+    if random and node.target not in DRAWS_ONLY_IN_TRAINING:
+        hint = "pass the noise as an input, or leave it away in eval mode"
+        facts.refusals.append(Refusal("random numbers are drawn in forward", node, hint))
+        return InClip("random numbers are drawn")
     known = len(facts.streams.ops), len(facts.streams.values)
     try:
         apply = find_rule(node.target)
@@ -99,7 +113,7 @@ def _fact(node: fx.Node, facts: Facts, capture: Capture) -> Fact:
         del facts.streams.ops[known[0] :], facts.streams.values[known[1] :]
         return InClip(str(why), spectral="fft" in str(node.target))
     except Refuse as why:
-        facts.refusals.append(Refusal("RefusedError", str(why), node, why.hint))
+        facts.refusals.append(Refusal(str(why), node, why.hint))
         return InClip(str(why))
 
 

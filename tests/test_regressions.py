@@ -1,0 +1,86 @@
+"""Faults that were found, each as the smallest net that shows it."""
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+import cofx
+
+
+class Of(nn.Module):
+    """A module whose forward is a function."""
+
+    def __init__(self, function, **modules: nn.Module) -> None:
+        super().__init__()
+        self.function = function
+        for name, module in modules.items():
+            self.add_module(name, module)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.function(self, x)
+
+
+@pytest.fixture(autouse=True)
+def no_grad():
+    with torch.no_grad():
+        yield
+
+
+X = torch.randn(1, 3, 30, generator=torch.Generator().manual_seed(0))
+
+
+def test_a_table_that_runs_out_is_an_error_and_the_stream_is_unharmed() -> None:
+    model = Of(lambda m, x: x + m.table.weight.t()[:, : x.shape[2]], table=nn.Embedding(12, 3))
+    step = cofx.compile(model, X[:, :, :8])
+    step.forward_steps(X[:, :, :11])
+    with pytest.raises(cofx.InputError, match="table"):
+        step.forward_steps(X[:, :, 11:14])
+    torch.testing.assert_close(step.forward_step(X[:, :, 11]), model(X[:, :, :12])[:, :, 11])
+
+
+def test_an_end_at_which_the_model_does_otherwise_is_refused() -> None:
+    """Nearest interpolation back to the input's length repeats whole frames only at even lengths."""
+    model = Of(lambda m, x: F.interpolate(m.conv(x), size=x.shape[2]), conv=nn.Conv1d(3, 3, 3, 2, 1))
+    step = cofx.compile(model, X[:, :, :20])
+    step.forward_steps(X[:, :, :21])
+    with pytest.raises(cofx.InputError, match="cannot end here"):
+        step.flush()
+    rest = step.forward_steps(X[:, :, 21:24], pad_end=True)
+    torch.testing.assert_close(rest, model(X[:, :, :24])[:, :, -rest.shape[2] :])
+
+
+@pytest.mark.parametrize(
+    "draw",
+    [
+        lambda m, x: F.dropout(x, 0.5, training=True),
+        lambda m, x: x + torch.randn_like(x),
+        lambda m, x: x + torch.rand(x.shape),
+        lambda m, x: torch.normal(x, 1.0),
+    ],
+)
+def test_random_numbers_are_refused(draw) -> None:
+    with pytest.raises(cofx.RefusedError, match="random numbers"):
+        cofx.compile(Of(draw), X)
+
+
+def test_a_word_that_does_not_fit_says_so() -> None:
+    with pytest.raises(cofx.NonLocalError, match="'prefix' was asked for"):
+        cofx.compile(nn.Conv1d(3, 3, 3), X, equivalence="prefix")
+
+
+def test_nothing_compared_is_not_exact() -> None:
+    step = cofx.compile(nn.AdaptiveAvgPool1d(1), X)
+    with pytest.raises(cofx.InputError, match="nothing was compared"):
+        step.verify(X[:, :, :5])
+
+
+def test_a_slope_for_each_channel_is_no_table() -> None:
+    model = nn.Sequential(nn.PReLU(3), nn.Conv1d(3, 3, 3, padding=1))
+    model[0].weight.copy_(torch.rand(3))
+    assert cofx.compile(model, X[:, :, :9]).verify(X).exact
+
+
+def test_frames_cut_off_before_padding_are_waited_for() -> None:
+    model = Of(lambda m, x: m.conv(x[:, :, :-1]), conv=nn.Conv1d(3, 3, 1, padding=2))
+    assert cofx.compile(model, X[:, :, :9]).verify(X).exact
