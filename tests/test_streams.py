@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from cofx.passes.codegen.graph_module import Key
 from models import SAMPLES, Sample
 from oracle import Oracle
 from streaming import Case, require
@@ -86,3 +87,13 @@ def test_recomputing_everything_is_found(check: Callable[[Case], None]) -> None:
     sample = next(sample for sample in STREAMS if sample.name == "conv1d_valid")
     with pytest.raises(AssertionError):
         check(Case(sample, Oracle(sample), sample.model()))
+
+
+@pytest.mark.parametrize("name", ["conv1d_valid", "unet_learned", "recurrent_gru", "fold_frames_then_recurrence"])
+@torch.no_grad()
+def test_programs_do_not_grow_with_chunk_or_batch(name: str) -> None:
+    """A chunk is one program of the same size, however long; a step's does not depend on the batch."""
+    model = compiled(name).step.compiled
+    period = model.plan.schedule.period
+    assert len({len(model.program(Key(0, period * n)).module.graph.nodes) for n in (8, 9, 32, 100)}) == 1
+    assert model.open_batch

@@ -12,7 +12,7 @@ between, where nothing reaches outside, the plain program does without.
 from __future__ import annotations
 
 import operator
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -123,8 +123,10 @@ class Builder:
         batch_input: tuple[int, int] | None,
         constants: Constants,
         device: torch.device,
+        about_of: Callable[[Value], Any],
     ) -> None:
         self.device = device
+        self.about_of = about_of
         self.schedule = schedule
         self.key = key
         self.constants = constants
@@ -456,7 +458,9 @@ class Builder:
                 parts.append(self.split(new.node, value.layout, new.stop - new.start))
             if not parts:  # nothing is there yet: what is asked lies before the start
                 return Window(self.full(self.sizes(value.layout.split(), stop - start), 0, value.dtype), start, stop)
+            about, self.about = self.about, self.about_of(value)
             node = self.cat(parts, value.layout.split().time, name=f"delay_{value.name}")
+            self.about = about
             self.buffers[value] = Window(node, at.start - history, at.stop)
         return self.buffers[value]
 
@@ -623,10 +627,12 @@ def _node(other: Any) -> Any:
 
 def generate(plan: Plan, key: Key, device: torch.device) -> Program:
     """The program of a key, its small constants on `device`."""
-    b = Builder(plan.schedule, key, plan.batch_input(key.frames), plan.constants, device)
+    b = Builder(plan.schedule, key, plan.batch_input(key.frames), plan.constants, device, plan.about)
     _inputs(b, plan)
     specs = state_specs(plan.schedule)
-    for spec in specs:
+    kept = [*plan.schedule.history, *(op.outputs[0] for op in plan.schedule.graph.ops for _ in op.carries)]
+    for spec, value in zip(specs, kept, strict=True):
+        b.about = plan.about(value)
         b.states[spec.name] = _placeholder(b, spec.name)
     for op in plan.schedule.graph.ops:
         _emit_op(b, op, plan)
