@@ -170,6 +170,16 @@ class InputSpec:
             out.append(torch.zeros(size, dtype=dtype, device=self.device))
         return out
 
+    def sizes(self, ticks: int) -> list[list[int]]:
+        """The traced shapes with so many ticks."""
+        out = []
+        for shape, t, k in zip(self.shapes, self.times, self.frames, strict=True):
+            size = list(shape)
+            if t is not None:
+                size[t] = ticks * k
+            out.append(size)
+        return out
+
     def zeros(self, templates: Sequence[torch.Tensor], ticks: int) -> list[torch.Tensor]:
         """Empty frames after the end of a stream; inputs without time stay as they are."""
         out = []

@@ -195,11 +195,14 @@ def check_poison(case: Case) -> None:
         spoil(clip)
     case.run(dirty).steps_to(case.sample.length // 2)
     state = case.step.get_state()
-    for name, tensor in state.items():  # as it is before the first frame, but for what it holds
+    if "count" in state:
+        state["count"].zero_()  # as it is before the first frame, but for what it holds
+    else:
+        case.step.clean_state()
+        state = case.step.get_state()
+    for tensor in state.values():
         if tensor.is_floating_point():
             spoil(tensor)
-        if name == "count":
-            tensor.zero_()
     case.step.set_state(state)
     case.run(clips, clean=False).finish().expect(wanted)
 
