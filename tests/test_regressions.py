@@ -84,3 +84,17 @@ def test_a_slope_for_each_channel_is_no_table() -> None:
 def test_frames_cut_off_before_padding_are_waited_for() -> None:
     model = Of(lambda m, x: m.conv(x[:, :, :-1]), conv=nn.Conv1d(3, 3, 1, padding=2))
     assert cofx.compile(model, X[:, :, :9]).verify(X).exact
+
+
+def test_a_condition_expanded_along_time_streams() -> None:
+    class Conditioned(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embed, self.conv = nn.Linear(2, 3), nn.Conv1d(6, 3, 3, padding=1)
+
+        def forward(self, x: torch.Tensor, c: torch.Tensor) -> torch.Tensor:
+            return self.conv(torch.cat([x, self.embed(c)[:, :, None].expand(-1, -1, x.shape[2])], 1))
+
+    condition = torch.randn(1, 2)
+    step = cofx.compile(Conditioned(), (X[:, :, :9], condition), time_dim=(2, None))
+    assert step.equivalence == "stream" and step.verify(X, condition).exact

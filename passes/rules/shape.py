@@ -92,8 +92,8 @@ def movedim(call: Call) -> Fact:
 def expand(call: Call) -> Fact:
     """Dimensions of size 1 repeated without copying; time itself cannot be, it is no dimension of size 1."""
     x = call.maybe("self")
-    if x is None:  # expand_as / expand to the length of a stream: the same frame at every index
-        raise NonLocal("something without time is expanded along time")
+    if x is None:
+        return _along_time(call)
     added = len(call.out_sizes) - len(x.layout)
     layout = Layout(((),) * added + x.layout.dims)
     like = call.maybe("other")
@@ -113,6 +113,29 @@ def expand(call: Call) -> Fact:
         length_of=[x],
         nodes=call.stream_nodes[:1],
         lower=lambda b, op, windows, span, _: b.aten("expand.default", windows[0].node, b.sizes(wide, len(span))),
+    )
+
+
+def _along_time(call: Call) -> Fact:
+    """Something without time, repeated to the clip's length: the same frame at every index."""
+    node = call.samples[0]["self"]
+    sizes, rank = call.out_sizes, len(node.meta["val"].shape)
+    moving = [i for i, s in enumerate(sizes) if len({n for n, b in zip(s, call.graph.batch, strict=True)
+                                                      if b == call.graph.batch[0]}) > 1]  # fmt: skip
+    call.require(len(moving) == 1, "something without time is expanded along two axes")
+    axis = moving[0]
+    call.require(
+        axis < len(sizes) - rank or node.meta["val"].shape[axis - len(sizes) + rank] == 1, "a second time axis"
+    )
+    like, length = call.length_like(sizes[axis])
+    layout = Layout(tuple((TIME,) if i == axis else _static(call, s) for i, s in enumerate(sizes)))
+    return call.emit(
+        layout,
+        [],
+        rate=like.rate,
+        length_of=[like],
+        length=length,
+        lower=lambda b, op, windows, span, _: b.aten("expand.default", b.static(node), b.sizes(layout, len(span))),
     )
 
 
