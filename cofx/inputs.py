@@ -76,7 +76,6 @@ class InputSpec:
     times: tuple[int | None, ...]
     batches: tuple[int | None, ...]
     frames: tuple[int, ...]
-    open_batch: bool
 
     @classmethod
     def of(cls, plan: Plan) -> InputSpec:
@@ -91,7 +90,6 @@ class InputSpec:
             plan.clock.time_dims,
             plan.clock.batch_dims,
             plan.clock.frames,
-            plan.capture.symbolic_batch,
         )
 
     def _axes(self, i: int, frames: bool) -> tuple[int | None, int | None]:

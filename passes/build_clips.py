@@ -21,8 +21,6 @@ from .schedule import Int, Taps, floor_affine, minimum
 from .schedule_delays import Counter
 from .stream_graph import Border, Clip, Op, Read, StreamGraph, Value, View, read
 
-EQUIVALENCES = ("stream", "clip", "prefix", "first-clip", "approximate")
-
 
 @dataclass
 class Part:

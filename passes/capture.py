@@ -252,7 +252,7 @@ def _from_export(model: nn.Module, program: ExportedProgram, clock: Clock, point
         inputs=[n.name for n in placeholders],
         out_spec=program.call_spec.out_spec,
         points=points,
-        sample=Sampler(symbols, clock),
+        sample=Sampler(symbols),
         symbolic_batch=batch,
         symbolic_time=time,
     )
@@ -273,7 +273,7 @@ def _symbols(placeholders: list[fx.Node], clock: Clock) -> dict[sympy.Symbol, Ca
 class Sampler:
     """Evaluates the sizes of a traced graph at a point; each expression once for each point."""
 
-    def __init__(self, symbols: dict[sympy.Symbol, Callable[[Point], int]], clock: Clock) -> None:
+    def __init__(self, symbols: dict[sympy.Symbol, Callable[[Point], int]]) -> None:
         self.symbols = symbols
         self.cache: dict[tuple[sympy.Expr, Point], Any] = {}
 

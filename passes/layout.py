@@ -104,10 +104,6 @@ class Layout:
         """This layout with its dimensions in another order."""
         return Layout(tuple(self.dims[i] for i in order))
 
-    def frame(self) -> Layout:
-        """The layout of one frame: this one without the factor time."""
-        return Layout(tuple(dim(*(f for f in d if f is not TIME)) for d in self.dims))
-
     def split(self) -> Layout:
         """This layout with time in a dimension of its own, if need be by parting the one it lies in."""
         if self.clean:

@@ -97,12 +97,11 @@ def _fact(node: fx.Node, facts: Facts, capture: Capture) -> Fact:
     random = torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
     if timeless and not random and not _depends_on_length(node, facts.streams):
         return Static()
-    if random and node.target not in DRAWS_ONLY_IN_TRAINING:
-        hint = "pass the noise as an input, or leave it away in eval mode"
-        facts.refusals.append(Refusal("random numbers are drawn in forward", node, hint))
-        return InClip("random numbers are drawn")
     known = len(facts.streams.ops), len(facts.streams.values)
     try:
+        if random and node.target not in DRAWS_ONLY_IN_TRAINING:
+            hint = "pass the noise as an input, or leave it away in eval mode"
+            raise Refuse("random numbers are drawn in forward", hint)
         apply = find_rule(node.target)
         if apply is None:
             raise NonLocal(f"there is no rule for {node.target}")

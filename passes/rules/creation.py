@@ -7,7 +7,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..errors import Refuse
 from ..layout import TIME, Layout, from_sizes
 from ..registry import Call, Fact, Sample, overloads, rule
 
@@ -62,17 +61,6 @@ def _static(sizes: tuple[int, ...], batch: tuple[int, ...]) -> bool:
     except Exception:  # Unshapeable
         return False
     return True
-
-
-@rule(
-    *overloads(
-        "rand.default randn.default rand_like.default randn_like.default randint.default bernoulli.default "
-        "multinomial.default randperm.default"
-    )
-)
-def random(call: Call) -> Fact:
-    """Random numbers cannot be the same offline and step by step."""
-    raise Refuse("random numbers are drawn in forward", "pass the noise as an input, or seed-free code in eval mode")
 
 
 class _Positions(nn.Module):
