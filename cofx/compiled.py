@@ -16,11 +16,12 @@ from .passes.codegen.graph_module import FOREVER, Key, generate, state_specs
 from .passes.errors import user_frame
 from .passes.pipeline import Leaf, Plan, tensors
 from .runtime.errors import InputError
-from .runtime.program import OutputSpan, Program
-from .runtime.state import StreamState, allocate
+from .runtime.program import OutputSpan, Program, StateSpec
+from .runtime.state import StreamState, allocate, grow
 
 EVALUATIONS = 8  # of a clip in one program
 KEPT_PROGRAMS = 512
+CAPACITY = 16  # ticks for which there is room at first, in a state that grows
 
 
 class Compiled:
@@ -30,6 +31,7 @@ class Compiled:
         self.model, self.plan, self.batch = model, plan, batch
         self.open_batch = plan.capture.symbolic_batch or all(b is None for b in plan.clock.batch_dims)
         self.specs = state_specs(plan.schedule)
+        self.grows = bool(plan.schedule.growing)
         self.spec = InputSpec.of(plan)
         self.programs: dict[Key, Program] = {}
         self.tables = [op for op in plan.schedule.graph.ops if op.limit is not None]
@@ -52,6 +54,19 @@ class Compiled:
             self.plan.constants.renew(tensors(self.model, self.plan.capture))
             self.programs.clear()
             self.spec = InputSpec.of(self.plan)
+
+    def capacity(self, ticks: int) -> int:
+        """Ticks for which there is room in the state after so many: 0 if it does not grow, else in steps of a half."""
+        if not self.grows:
+            return 0
+        room = CAPACITY
+        while room < ticks:
+            room += room // 2 if room & (room - 1) == 0 else room // 3  # 16, 24, 32, 48, 64, ...
+        return room
+
+    def specs_after(self, ticks: int) -> list[StateSpec]:
+        """What is kept after so many ticks."""
+        return state_specs(self.plan.schedule, self.capacity(ticks)) if self.grows else self.specs
 
     def program(self, key: Key) -> Program:
         """The program of a key, generated when first asked for."""
@@ -115,12 +130,15 @@ class Compiled:
             holding=state.count < schedule.sequential_from,
             frames=frames,
             folded=not (torch.is_grad_enabled() and any(p.requires_grad for p in self.model.parameters())),
+            capacity=self.capacity(state.count + ticks),
         )
         program = self.program(key)
         kept, batch = state.tensors, state.batch
         if kept is None:
             batch = self.spec.batch_of(inputs, frames)
-            kept = allocate(self.specs, batch or 1, self.spec.device)
+            kept = allocate(self.specs_after(state.count + ticks), batch or 1, self.spec.device)
+        elif key.capacity != self.capacity(state.count):
+            kept = grow(kept, self.specs_after(state.count + ticks))
         extra = {"count": state.count, "length": FOREVER if length is None else length}
         where = [torch.tensor(extra[w], device=self.spec.device) for w in program.wants]
         outputs, after = program.module(*inputs, *where, *kept)

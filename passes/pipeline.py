@@ -141,6 +141,7 @@ def compile_plan(
     batch: int,
     equivalence: str | None,
     newest: bool,
+    context: int | None = None,
 ) -> Plan:
     """Everything from the user's module to a schedule.
 
@@ -151,6 +152,7 @@ def compile_plan(
         ticks, batch: the clip length in ticks and the batch size to trace with.
         equivalence: the equivalence that is asked for, or None for the best that the ops allow.
         newest: return only the newest frame of a clip's output.
+        context: frames that attention may read, its own included, where the model sets no bound.
 
     Raises:
         CaptureError: the model cannot be traced.
@@ -160,7 +162,8 @@ def compile_plan(
     graph = canonicalize(captured)
     if not captured.symbolic_time:
         compare_lengths(graph, captured, lambda longer: capture(model, example, clock, longer, batch))
-    facts = propagate_facts(graph, captured, clock)
+    constants = Constants(tensors(model, captured), _not_constant(graph, captured))
+    facts = propagate_facts(graph, captured, clock, constants, context)
     leaves = list(pytree.tree_leaves(graph.output_node().args[0]))
     values = _values(facts, leaves, equivalence, newest)
     _check(facts, leaves, values, equivalence)
@@ -174,7 +177,7 @@ def compile_plan(
         inputs=[(n, by_node.get(n)) for n in nodes],
         outputs=[_leaf(schedule, n, v) for n, v in zip(leaves, values, strict=True)],
         out_spec=captured.out_spec,
-        constants=Constants(tensors(model, captured), _not_constant(facts, captured)),
+        constants=constants,
         clock=clock,
         capture=captured,
     )
@@ -262,12 +265,12 @@ def _leaf(schedule: Schedule, node: fx.Node, value: Value | None) -> Leaf:
     )
 
 
-def _not_constant(facts: Facts, captured: Capture) -> set[fx.Node]:
+def _not_constant(graph: fx.Graph, captured: Capture) -> set[fx.Node]:
     """Static nodes that are not known before the inputs are: they depend on the batch size or on a static input."""
     found: set[fx.Node] = set()
     batch = [p.batch for p in captured.points]
     other = next((i for i, b in enumerate(batch) if b != batch[0]), None)
-    for node in facts.graph.nodes:
+    for node in graph.nodes:
         if node.op == "placeholder" or any(n in found for n in node.all_input_nodes):
             found.add(node)
         elif other is not None and node.op == "call_function":
