@@ -163,6 +163,8 @@ class Evaluator(Builder):
             raise NonLocal("which frames attend to which depends on the data")
         if target in (aten.softmax.int, aten._softmax.default):
             return torch.where(args[0] <= MASKED, 0.0, torch.nan).to(result.dtype)
+        if target is aten.baddbmm.default:
+            return torch.where(args[0] <= MASKED, -torch.inf, result)
         if torch.Tag.pointwise in target.tags:
             for a in unknown:
                 result = torch.where(a.isnan(), torch.nan, result)

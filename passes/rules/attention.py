@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..codegen.pairs import Evaluator, Reach, Scope, evaluate, find_reach
+from ..codegen.pairs import Reach, Scope, evaluate, find_reach
 from ..layout import Layout
 from ..registry import Call, Fact, Sample, Static, pair_rule, rule
 from ..stream_graph import Op, Value
-from .pairs import as_masking, same_clock, summed_up
+from .pairs import as_masking, evaluator, same_clock, summed_up
 
 aten = torch.ops.aten
 
@@ -49,7 +49,7 @@ def attention_over_time(call: Call) -> Fact:
     mask = None if given is None else as_masking(call, given, query)
     reach = Reach(None, 0)
     if mask is not None:
-        reach = find_reach(Evaluator(call.constants, call.graph, call.node.meta["val"].device), mask, scores=True)
+        reach = find_reach(evaluator(call), mask, scores=True)
     layout = Layout((*query.layout.dims[:-1], value.layout[rank - 1]))
 
     def lower(b: Any, op: Op, scope: Scope, _: Any) -> Any:

@@ -378,7 +378,7 @@ def summed_up(
     """
     if reach is None:
         assert weights is not None
-        reach = find_reach(Evaluator(call.constants, call.graph, call.node.meta["val"].device), weights)
+        reach = find_reach(evaluator(call), weights)
     streams = list(dict.fromkeys([*(streams_of(weights) if weights is not None else []), *others]))
     call.require(any(at_keys for _, at_keys in streams), "positions are compared with positions alone")
     back = reach.back if reach.back is not None else None if call.context is None else call.context - 1
@@ -407,6 +407,11 @@ def summed_up(
     assert isinstance(op, Op)
     op.approximate = not everything and reach.back is None
     return value
+
+
+def evaluator(call: Call) -> Evaluator:
+    """What evaluates masks when compiling."""
+    return Evaluator(call.constants, call.graph, call.node.meta["val"].device)
 
 
 def as_masking(call: Call, node: fx.Node, clock: Value) -> Value:
@@ -450,7 +455,7 @@ def reduction(call: Call) -> Fact:
     call.require(x.layout.key in over and x.layout.time not in over, "a reduction over the queries")
     keep = bool(call.arg("keepdim", False))
     layout = Layout(tuple(() if i in over else d for i, d in enumerate(x.layout) if keep or i not in over))
-    summed = "sum" in str(call.node.target) and "exp" not in str(call.node.target)
+    summed = call.node.target is aten.sum.dim_IntList
     node = call.samples[0]["self"]
 
     def lower(b: Any, op: Op, scope: Scope, _: Any) -> Any:
@@ -459,7 +464,12 @@ def reduction(call: Call) -> Fact:
         window = Window(pairs, scope.rows.start, scope.rows.stop)
         return b.call(dataclasses.replace(op, stream_nodes=[node]), [window])
 
-    return summed_up(call, layout, x, [], lower)
+    reach = (
+        None
+        if summed
+        else find_reach(Evaluator(call.constants, call.graph, call.node.meta["val"].device), x, scores=True)
+    )
+    return summed_up(call, layout, x, [], lower, reach)
 
 
 # triangles and masks that do not depend on time have no rule of their own: they are static
