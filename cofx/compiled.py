@@ -19,7 +19,7 @@ from .runtime.errors import InputError
 from .runtime.program import OutputSpan, Program, StateSpec
 from .runtime.state import StreamState, allocate, grow
 
-EVALUATIONS = 8  # of a clip in one program
+EVALUATIONS = 8  # of a clip or a loop's body in one program
 KEPT_PROGRAMS = 512
 CAPACITY = 16  # ticks for which there is room at first, in a state that grows
 
@@ -36,6 +36,7 @@ class Compiled:
         self.programs: dict[Key, Program] = {}
         self.tables = [op for op in plan.schedule.graph.ops if op.limit is not None]
         self.clips = [(c.first, c.every) for op in plan.schedule.graph.ops if (c := op.clip) is not None]
+        self.unrolled = any(op.unrolled for op in plan.schedule.graph.ops)
         self._seen = self._fingerprint()
         before = plan.schedule.counts(0)
         self.early = any(before[v] > 0 for op in plan.schedule.graph.ops for v in op.outputs)
@@ -108,9 +109,11 @@ class Compiled:
 
     def _piece(self, count: int, ticks: int) -> int:
         """How many ticks one program takes: single ones until every sequential op has come to its first frame, and
-        no more than a few evaluations of a clip, which a program repeats one by one."""
+        no more than a few evaluations of a clip or a loop's body, which a program repeats one by one."""
         if count < self.plan.schedule.sequential_from:
             return 1
+        if self.unrolled:
+            ticks = min(ticks, EVALUATIONS)
         for first, every in self.clips:
             idle = first - 1 - count
             ticks = min(ticks, idle if idle > 0 else EVALUATIONS * every)

@@ -11,32 +11,34 @@ from typing import Any
 from torch import fx
 from torch.fx.node import map_arg
 
-from .canonicalize import canonicalize
 from .capture import Capture
 from .errors import CaptureError
 
 
-def compare_lengths(graph: fx.Graph, captured: Capture, again: Callable[[int], Capture]) -> None:
+def compare_lengths(graph: fx.Graph, captured: Capture, again: Callable[[int], tuple[Capture, fx.Graph]]) -> bool:
     """Add the sizes at twice the length as another sample point, if the model can be traced there in the same form.
 
     Args:
         graph: the canonical graph of `captured`.
-        again: traces the model at so many ticks.
+        again: traces the model at so many ticks, and gives its canonical graph.
+
+    Returns:
+        whether it could.
     """
     try:
-        other = again(2 * captured.points[0].ticks)
+        other, twin = again(2 * captured.points[0].ticks)
     except CaptureError:
-        return
-    twin = canonicalize(other)
+        return False
     pairs = list(zip(graph.nodes, twin.nodes, strict=False))
     back = {b: a for a, b in pairs}
     if len(graph.nodes) != len(twin.nodes) or not all(_same_form(a, b, back) for a, b in pairs):
-        return
+        return False
     captured.points.append(other.points[0])
     for a, b in pairs:
         if a.op != "output":
             a.meta["samples"].append(map_arg(b.meta["samples"][0], lambda n: back[n]))
             a.meta["sizes"].append(b.meta["sizes"][0])
+    return True
 
 
 def _same_form(a: fx.Node, b: fx.Node, back: dict[fx.Node, fx.Node]) -> bool:

@@ -25,6 +25,7 @@ from .compare_lengths import compare_lengths
 from .errors import NonLocalError, Refusal, RefusedError
 from .propagate_facts import Facts, propagate_facts
 from .registry import Call, InClip
+from .roll_up_loops import roll_up_loops
 from .schedule_delays import Schedule, reach, schedule_delays
 from .stream_graph import Clip, Op, Value, View, read
 
@@ -159,11 +160,15 @@ def compile_plan(
         RefusedError: it holds ops that cannot be given as asked; all are listed.
     """
     captured = capture(model, example, clock, ticks, batch)
-    graph = canonicalize(captured)
+    graph, facts, constants = _understand(model, captured, clock, context)
     if not captured.symbolic_time:
-        compare_lengths(graph, captured, lambda longer: capture(model, example, clock, longer, batch))
-    constants = Constants(tensors(model, captured), _not_constant(graph, captured))
-    facts = propagate_facts(graph, captured, clock, constants, context)
+
+        def again(longer: int) -> tuple[Capture, fx.Graph]:
+            other = capture(model, example, clock, longer, batch)
+            return other, _understand(model, other, clock, context)[0]
+
+        if compare_lengths(graph, captured, again):
+            facts = propagate_facts(graph, captured, clock, constants, context)
     leaves = list(pytree.tree_leaves(graph.output_node().args[0]))
     values = _values(facts, leaves, equivalence, newest)
     _check(facts, leaves, values, equivalence)
@@ -181,6 +186,18 @@ def compile_plan(
         clock=clock,
         capture=captured,
     )
+
+
+def _understand(
+    model: nn.Module, captured: Capture, clock: Clock, context: int | None
+) -> tuple[fx.Graph, Facts, Constants]:
+    """The canonical graph of a capture, with its facts."""
+    graph = canonicalize(captured)
+    while True:
+        constants = Constants(tensors(model, captured), _not_constant(graph, captured))
+        facts = propagate_facts(graph, captured, clock, constants, context)
+        if captured.symbolic_time or not roll_up_loops(graph, facts):
+            return graph, facts, constants
 
 
 def tensors(model: nn.Module, captured: Capture) -> dict[str, torch.Tensor]:

@@ -124,6 +124,7 @@ class Pair(InClip):
 
 _RULES: dict[torch._ops.OpOverload, Rule] = {}
 _PAIR_RULES: dict[torch._ops.OpOverload, Rule] = {}
+_RULES_OF_KIND: dict[type, Rule] = {}
 
 
 def rule(*overloads: torch._ops.OpOverload) -> Callable[[Rule], Rule]:
@@ -141,6 +142,16 @@ def rule(*overloads: torch._ops.OpOverload) -> Callable[[Rule], Rule]:
             if op in _RULES:
                 raise ValueError(f"{op} has a rule already")
             _RULES[op] = function
+        return function
+
+    return register
+
+
+def rule_of_kind(kind: type) -> Callable[[Rule], Rule]:
+    """Register a rule for all targets of a class of our own."""
+
+    def register(function: Rule) -> Rule:
+        _RULES_OF_KIND[kind] = function
         return function
 
     return register
@@ -182,6 +193,8 @@ def find_rule(target: Any) -> Rule | None:
     """The rule of an overload, or the one for all pointwise ops, or None."""
     from . import rules
 
+    if type(target) in _RULES_OF_KIND:
+        return _RULES_OF_KIND[type(target)]
     if target in _RULES:
         return _RULES[target]
     if isinstance(target, torch._ops.OpOverload) and torch.Tag.pointwise in target.tags:

@@ -23,6 +23,7 @@ from torch.fx.node import map_arg
 from ...runtime.program import OutputSpan, Program, StateSpec
 from ..canonicalize import unbind
 from ..layout import BATCH, KEY, TIME, Layout
+from ..loops import Loop
 from ..schedule import Taps
 from ..schedule_delays import Schedule
 from ..stream_graph import Carry, Constant, Mirror, Op, Read, Value, Window
@@ -372,8 +373,43 @@ class Builder:
             source = value_of(node.args[0])
             return source[node.args[1]] if isinstance(source, (list, tuple)) else self.getitem(source, node.args[1])  # type: ignore[arg-type,index]
         bound = {k: self.numbers(node, k, map_arg(v, value_of)) for k, v in node.meta["samples"][0].items()}
+        if isinstance(node.target, Loop):
+            return self.loop(node.target, list(bound.values()), node)
         args, kwargs = unbind(node.target, bound)
         return self.emit(node.target, *args, **kwargs)
+
+    def loop(self, loop: Loop, args: list[Any], node: fx.Node) -> list[Any]:
+        """A loop over all frames of whole clips."""
+        streams = args[: len(loop.dims)]
+        state = [] if loop.start else args[len(streams) : len(streams) + len(loop.carried)]
+        given = args[len(streams) + len(state) :]
+        collected: list[list[Any]] = [[] for _ in loop.results]
+        length = node.meta["samples"][0]["0"].meta["sizes"][0][loop.dims[0]]
+        for t in range(length):
+            frames = [
+                self.aten("select.int", x, d, t) if squeezed else self.narrow(x, d, t, 1)
+                for x, d, squeezed in zip(streams, loop.dims, loop.squeezed, strict=True)
+            ]
+            if t == 0 and loop.start is not None:
+                after = self.inline(loop.start, [*frames, *given])
+            else:
+                after = self.inline(loop.body, [*frames, *state, *given])
+            state = after[: len(loop.carried)]
+            for part, value in zip(collected, after[len(loop.carried) :], strict=True):
+                part.append(value)
+        return [
+            part[-1] if r.how == "last" else self.aten(f"{r.how}.default", part, r.dim)
+            for part, r in zip(collected, loop.results, strict=True)
+        ]
+
+    def inline(self, graph: fx.Graph, given: list[Any]) -> list[Any]:
+        """The results of a graph of traced nodes on these inputs."""
+        inputs = [n for n in graph.nodes if n.op == "placeholder"]
+        env: dict[fx.Node, Any] = dict(zip(inputs, given, strict=True))
+        for node in graph.nodes:
+            if node.op == "call_function":
+                env[node] = self.copy(node, env.__getitem__)
+        return [env[n] for n in graph.output_node().args[0]]  # type: ignore[union-attr,index]
 
     def view_as_channel(self, node: Any, axis: int, rank: int) -> fx.Node:
         """A vector as a tensor of `rank` dimensions, lying along `axis`."""
