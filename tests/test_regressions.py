@@ -1,5 +1,7 @@
 """Faults that were found, each as the smallest net that shows it."""
 
+import math
+
 import pytest
 import torch
 from torch import nn
@@ -98,3 +100,32 @@ def test_a_condition_expanded_along_time_streams() -> None:
     condition = torch.randn(1, 2)
     step = cofx.compile(Conditioned(), (X[:, :, :9], condition), time_dim=(2, None))
     assert step.equivalence == "stream" and step.verify(X, condition).exact
+
+
+def test_a_branch_on_the_length_that_the_trace_did_not_take_is_an_error() -> None:
+    model = Of(lambda m, x: x + 1 if x.shape[2] < 20 else x * 2)
+    step = cofx.compile(model, X[:, :, :8])
+    torch.testing.assert_close(step.forward_steps(X[:, :, :19]), model(X[:, :, :19]))
+    with pytest.raises(cofx.InputError, match="more than 19 frames"):
+        step.forward_steps(X[:, :, 19:])
+    assert cofx.compile(model, X[:, :, :24]).verify(X).exact
+
+
+def test_padding_to_a_length_that_strides_divide_streams() -> None:
+    """The number of frames to add is computed with ``int(math.ceil(...))``: a constant, for the trace."""
+
+    def forward(m: nn.Module, x: torch.Tensor) -> torch.Tensor:
+        length = x.shape[2]
+        steps = int(math.ceil((length - 8) / 16)) + 1
+        return m.up(m.down(F.pad(x, (0, (steps - 1) * 16 + 8 - length))))[:, :, :length]
+
+    model = Of(forward, down=nn.Conv1d(3, 3, 8, 16), up=nn.ConvTranspose1d(3, 3, 16, 16))
+    step = cofx.compile(model, torch.randn(1, 3, 64))
+    assert step.equivalence == "stream" and step.verify(torch.randn(1, 3, 192)).exact
+
+
+def test_strides_that_divide_only_long_lengths_stream() -> None:
+    model = Of(lambda m, x: m.up(m.down(x))[:, :, : x.shape[2]], down=nn.Conv1d(3, 3, 64, 64),
+               up=nn.ConvTranspose1d(3, 3, 64, 64))  # fmt: skip
+    step = cofx.compile(model, torch.randn(1, 3, 128))
+    assert step.equivalence == "stream" and step.verify(torch.randn(1, 3, 384)).exact
