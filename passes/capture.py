@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import io
 import logging
 import operator
 import signal
@@ -25,8 +26,10 @@ from torch.export import Dim, ExportedProgram, export
 from torch.export.graph_signature import InputKind
 from torch.utils import _pytree as pytree
 
+from .caught_errors import caught_errors
 from .errors import CaptureError
 from .inline_regions import inline_regions
+from .known_values import KnownValues
 from .registry import NEEDS_NO_RULE, find_rule
 from .symbolic_recurrence import symbolic_recurrence
 
@@ -121,7 +124,7 @@ def _first_line(error: Exception) -> str:
 
 
 def _export(model: nn.Module, inputs: tuple[torch.Tensor, ...], dims: list[dict[int, Any]]) -> ExportedProgram:
-    with symbolic_recurrence():
+    with symbolic_recurrence(), caught_errors(), KnownValues():
         program = export(
             model,
             inputs,
@@ -269,7 +272,7 @@ def _most_ticks(placeholders: list[fx.Node], clock: Clock, symbols: Any, point: 
     """The longest clip for which the trace holds, or None: what it assumed of its sizes, tried at longer clips.
 
     Raises:
-        CaptureError: an equality fails at a longer clip. A number was made of a size there (``int(n)``), which fixes it.
+        CaptureError: an equality fails at a longer clip: a number was made of a size (``int(n)``), which fixes it.
     """
     node, axis = next(
         (n, t) for n, t in zip(placeholders, clock.time_dims, strict=True) if t is not None and _open(n, t)
@@ -352,7 +355,7 @@ def as_for_inference(model: nn.Module) -> Iterator[None]:
 def quiet() -> Iterator[None]:
     """Tracing tells its own developers many things; the user hears what concerns them in one exception."""
     disabled = logging.root.manager.disable
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
         warnings.simplefilter("ignore")
         logging.disable(logging.ERROR)
         try:

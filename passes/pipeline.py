@@ -21,7 +21,7 @@ from .build_clips import build_clips
 from .canonicalize import canonicalize
 from .capture import Capture, Clock, capture
 from .codegen.graph_module import Constants
-from .compare_lengths import compare_lengths
+from .compare_lengths import compare_lengths, holds_beyond
 from .errors import NonLocalError, Refusal, RefusedError
 from .propagate_facts import Facts, propagate_facts
 from .registry import Call, InClip
@@ -158,8 +158,14 @@ def compile_plan(
     """
     captured = capture(model, example, clock, ticks, batch)
     graph = canonicalize(captured)
+
+    def again(longer: int) -> Capture:
+        return capture(model, example, clock, longer, batch)
+
     if not captured.symbolic_time:
-        compare_lengths(graph, captured, lambda longer: capture(model, example, clock, longer, batch))
+        compare_lengths(graph, captured, again)
+    elif captured.most is not None and holds_beyond(graph, captured, again):
+        captured.most = None
     facts = propagate_facts(graph, captured, clock)
     leaves = list(pytree.tree_leaves(graph.output_node().args[0]))
     values = _values(facts, leaves, equivalence, newest)

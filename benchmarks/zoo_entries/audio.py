@@ -74,7 +74,7 @@ def asteroid(name: str) -> Any:
     return load("asteroid.models", name)
 
 
-for _norm, _causal in (("gLN", False), ("cLN", True), ("BN", True), ("BN", False)):
+for _norm, _causal in (("gLN", False), ("cLN", True), ("bN", True), ("bN", False)):
     add(
         f"asteroid/ConvTasNet_{_norm}{'_causal' * _causal}",
         lambda n=_norm, c=_causal: asteroid("ConvTasNet")(
@@ -129,11 +129,11 @@ add(
 )
 add(
     "asteroid/DeMask_BN",
-    lambda: asteroid("DeMask")(hidden_dims=(16,), n_filters=32, stride=16, kernel_size=32, norm_type="BN"),
+    lambda: asteroid("DeMask")(hidden_dims=(16,), n_filters=32, stride=16, kernel_size=32, norm_type="bN"),
     (1, 320),
     time=1,
 )
-for _norm in ("gLN", "cLN", "BN"):
+for _norm in ("gLN", "cLN", "bN"):
     add(
         f"asteroid/TDConvNet_{_norm}",
         lambda n=_norm: load("asteroid.masknn", "TDConvNet")(
@@ -313,7 +313,7 @@ def _() -> nn.Module:
 add(
     "speechbrain/HifiganGenerator",
     lambda: load("speechbrain.lobes.models.HifiGAN", "HifiganGenerator")(
-        6, 1, "1", [[1, 3], [1, 3]], [3, 5], [4, 4], 16, [2, 2]
+        6, 1, "1", [[1, 3, 5], [1, 3, 5]], [3, 5], [4, 4], 16, [2, 2]
     ),
     (1, 6, 24),
 )
@@ -435,9 +435,9 @@ add(
 add("speechbrain/Cnn14", lambda: speechbrain("Cnn14", "Cnn14")(64, 8), (1, 64, 64), time=1)
 
 
-@entry("speechbrain/MetricGAN", (1, 16, 9), time=1, positive=True)
+@entry("speechbrain/MetricGAN", (1, 16, 257), time=1, positive=True)
 def _() -> nn.Module:
-    model = speechbrain("MetricGAN", "EnhancementGenerator")(9, 8, 1)
+    model = speechbrain("MetricGAN", "EnhancementGenerator")(257, 8, 1)
     return Call(model, lambda m, x: m(x, torch.ones(x.shape[0])))
 
 
@@ -445,8 +445,8 @@ def _() -> nn.Module:
 def _() -> nn.Module:
     return speechbrain("resepformer", "ResourceEfficientSeparator")(
         8, True, 2, layer=2, unit=8, segment_size=4,
-        seg_model=speechbrain("resepformer", "SBRNNBlock")(8, 8, 1, rnn_type="LSTM", bidirectional=True),
-        mem_model=speechbrain("resepformer", "SBRNNBlock")(8, 8, 1, rnn_type="LSTM", bidirectional=False),
+        seg_model=speechbrain("resepformer", "SBRNNBlock")(8, 8, 1, 8, rnn_type="LSTM", bidirectional=True),
+        mem_model=speechbrain("resepformer", "SBRNNBlock")(8, 8, 1, 8, rnn_type="LSTM", bidirectional=False),
     )  # fmt: skip
 
 
