@@ -98,7 +98,7 @@ class Compiled:
         return parts, state
 
     def _within_tables(self, ticks: int) -> None:
-        """Raise before a table of positions runs out."""
+        """Raise before a table of positions runs out, and beyond the lengths for which the trace holds."""
         for op in self.tables:
             assert op.limit is not None
             if self.plan.schedule.count(op.outputs[0], ticks) > op.limit:
@@ -106,6 +106,13 @@ class Compiled:
                     f"the stream is longer than a table of the model: {op.name} has {op.limit} entries "
                     f"({user_frame(op.node) if op.node is not None else ''}); start a new one with clean_state()"
                 )
+        most = self.plan.capture.most
+        if most is not None and ticks > most and any(leaf.value and not leaf.clip for leaf in self.plan.outputs):
+            raise InputError(
+                f"on more than {most} frames the model's forward does otherwise than on the example of "
+                f"{self.plan.capture.points[0].ticks}: compile it with a longer example, or start a new stream with "
+                "clean_state()"
+            )
 
     def _piece(self, count: int, ticks: int) -> int:
         """How many ticks one program takes: single ones until every sequential op has come to its first frame, and

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import io
 import logging
 import operator
 import signal
@@ -25,12 +26,17 @@ from torch.export import Dim, ExportedProgram, export
 from torch.export.graph_signature import InputKind
 from torch.utils import _pytree as pytree
 
+from .caught_errors import caught_errors
 from .errors import CaptureError
 from .inline_regions import inline_regions
+from .known_values import KnownValues
 from .registry import NEEDS_NO_RULE, find_rule
 from .symbolic_recurrence import symbolic_recurrence
 
 TIME_LIMIT = 300.0  # seconds that one way of tracing may take
+# Longer sample points differ from the traced length by this, so that they are alike modulo any product of strides that
+# one meets: powers of two, and hops such as 300, 320 or 441 frames.
+CONGRUENT = 2**12 * 3**2 * 5**2 * 7**2
 _TRACING = threading.RLock()  # torch.export keeps global state: one trace at a time
 
 
@@ -53,6 +59,7 @@ class Capture:
         out_spec: the structure of the model's output.
         points: where sizes are known; the first is the trace's own.
         sample: a size, number or shape found in the graph (int, SymInt, ...) as it is at a point.
+        most: ticks beyond which the model does otherwise than the trace, if there is such a length.
     """
 
     graph: fx.Graph
@@ -63,6 +70,7 @@ class Capture:
     sample: Callable[[Any, Point], Any]
     symbolic_batch: bool
     symbolic_time: bool
+    most: int | None = None
 
 
 @dataclass(frozen=True)
@@ -116,7 +124,7 @@ def _first_line(error: Exception) -> str:
 
 
 def _export(model: nn.Module, inputs: tuple[torch.Tensor, ...], dims: list[dict[int, Any]]) -> ExportedProgram:
-    with symbolic_recurrence():
+    with symbolic_recurrence(), caught_errors(), KnownValues():
         program = export(
             model,
             inputs,
@@ -243,9 +251,10 @@ def _from_export(model: nn.Module, program: ExportedProgram, clock: Clock, point
     points = [point]
     if batch:
         points.append(Point(point.batch + 1, point.ticks))
+    most = None
     if time:
-        # lengths that keep every congruence of the traced one with respect to small moduli
-        points += [Point(point.batch, point.ticks + 5040), Point(point.batch, point.ticks + 3 * 5040)]
+        most = _most_ticks(placeholders, clock, symbols, point)
+        points += [Point(point.batch, point.ticks + CONGRUENT), Point(point.batch, point.ticks + 3 * CONGRUENT)]
     return Capture(
         graph=graph,
         constants=constants,
@@ -255,7 +264,42 @@ def _from_export(model: nn.Module, program: ExportedProgram, clock: Clock, point
         sample=Sampler(symbols),
         symbolic_batch=batch,
         symbolic_time=time,
+        most=most,
     )
+
+
+def _most_ticks(placeholders: list[fx.Node], clock: Clock, symbols: Any, point: Point) -> int | None:
+    """The longest clip for which the trace holds, or None: what it assumed of its sizes, tried at longer clips.
+
+    Raises:
+        CaptureError: an equality fails at a longer clip: a number was made of a size (``int(n)``), which fixes it.
+    """
+    node, axis = next(
+        (n, t) for n, t in zip(placeholders, clock.time_dims, strict=True) if t is not None and _open(n, t)
+    )
+    environment = node.meta["val"].shape[axis].node.shape_env
+    assumed = [g.expr for g in environment.guards]
+    assumed += [a.expr for asserts in environment.deferred_runtime_asserts.values() for a in asserts]
+    for expr in assumed:
+        far = Point(point.batch, point.ticks + CONGRUENT)
+        if isinstance(expr, sympy.Eq) and set(expr.free_symbols) <= set(symbols) and not _holds(expr, symbols, far):
+            raise CaptureError(f"the trace took a size for a constant: {expr}")
+    bounds = []
+    for n, t, k in zip(placeholders, clock.time_dims, clock.frames, strict=True):
+        if t is not None and _open(n, t):
+            upper = environment.var_to_range[n.meta["val"].shape[t].node.expr].upper
+            if isinstance(upper, sympy.Integer) and upper < CONGRUENT:
+                bounds.append(int(upper) // k)
+    return min(bounds, default=None)
+
+
+def _open(node: fx.Node, axis: int) -> bool:
+    size = node.meta["val"].shape[axis]
+    return isinstance(size, torch.SymInt) and isinstance(size.node.expr, sympy.Symbol)
+
+
+def _holds(expr: Any, symbols: dict[sympy.Symbol, Callable[[Point], int]], point: Point) -> bool:
+    return bool(expr.xreplace({s: sympy.Integer(f(point)) for s, f in symbols.items()}) != sympy.false)
 
 
 def _symbols(placeholders: list[fx.Node], clock: Clock) -> dict[sympy.Symbol, Callable[[Point], int]]:
@@ -311,7 +355,7 @@ def as_for_inference(model: nn.Module) -> Iterator[None]:
 def quiet() -> Iterator[None]:
     """Tracing tells its own developers many things; the user hears what concerns them in one exception."""
     disabled = logging.root.manager.disable
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
         warnings.simplefilter("ignore")
         logging.disable(logging.ERROR)
         try:

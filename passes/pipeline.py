@@ -21,7 +21,7 @@ from .build_clips import build_clips
 from .canonicalize import canonicalize
 from .capture import Capture, Clock, capture
 from .codegen.graph_module import Constants
-from .compare_lengths import compare_lengths
+from .compare_lengths import compare_lengths, holds_beyond
 from .errors import NonLocalError, Refusal, RefusedError
 from .propagate_facts import Facts, propagate_facts
 from .registry import Call, InClip
@@ -161,14 +161,16 @@ def compile_plan(
     """
     captured = capture(model, example, clock, ticks, batch)
     graph, facts, constants = _understand(model, captured, clock, context)
+
+    def again(longer: int) -> tuple[Capture, fx.Graph]:
+        other = capture(model, example, clock, longer, batch)
+        return other, _understand(model, other, clock, context)[0]
+
     if not captured.symbolic_time:
-
-        def again(longer: int) -> tuple[Capture, fx.Graph]:
-            other = capture(model, example, clock, longer, batch)
-            return other, _understand(model, other, clock, context)[0]
-
         if compare_lengths(graph, captured, again):
             facts = propagate_facts(graph, captured, clock, constants, context)
+    elif captured.most is not None and holds_beyond(graph, captured, again):
+        captured.most = None
     leaves = list(pytree.tree_leaves(graph.output_node().args[0]))
     values = _values(facts, leaves, equivalence, newest)
     _check(facts, leaves, values, equivalence)
