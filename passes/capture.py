@@ -1,8 +1,8 @@
 """Pass 1: trace the module into one ATen graph, with as little of its shapes fixed as it allows.
 
 Ways of tracing are tried in turn (`_WAYS`); the first that succeeds is taken. The result is a `Capture`: a graph
-whose parameters are ``get_attr`` nodes of the user's own module, and a way of telling what each of its sizes is at
-other batch sizes and lengths.
+whose parameters are ``get_attr`` nodes of the user's own module, a way of telling what each of its sizes is at other
+batch sizes and lengths, and another of telling whether what the trace took for certain holds there.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import contextlib
 import inspect
 import io
 import logging
+import math
 import operator
 import signal
 import threading
@@ -25,11 +26,13 @@ from torch import fx, nn
 from torch.export import Dim, ExportedProgram, export
 from torch.export.graph_signature import InputKind
 from torch.utils import _pytree as pytree
+from torch.utils._sympy.printers import PythonPrinter
 
 from .caught_errors import caught_errors
-from .errors import CaptureError
+from .errors import CaptureError, raised_at
 from .inline_regions import inline_regions
 from .known_values import KnownValues
+from .record_calls import record_calls
 from .registry import NEEDS_NO_RULE, find_rule
 from .symbolic_recurrence import symbolic_recurrence
 
@@ -60,6 +63,8 @@ class Capture:
         points: where sizes are known; the first is the trace's own.
         sample: a size, number or shape found in the graph (int, SymInt, ...) as it is at a point.
         most: ticks beyond which the model does otherwise than the trace, if there is such a length.
+        assumed: whether all that the trace took for certain (branches on sizes, numbers that did not move between the
+            points) also holds at so many ticks. False where only one length was seen.
     """
 
     graph: fx.Graph
@@ -70,6 +75,7 @@ class Capture:
     sample: Callable[[Any, Point], Any]
     symbolic_batch: bool
     symbolic_time: bool
+    assumed: Callable[[int], bool]
     most: int | None = None
 
 
@@ -84,6 +90,12 @@ class Clock:
     def batch(self, example: Sequence[torch.Tensor]) -> int:
         """The batch size of an example (1 if there is no batch axis)."""
         return next((x.shape[b] for x, b in zip(example, self.batch_dims, strict=True) if b is not None), 1)
+
+    def ticks(self, example: Sequence[torch.Tensor]) -> int:
+        """The length of an example in ticks."""
+        return next(
+            x.shape[t] // k for x, t, k in zip(example, self.time_dims, self.frames, strict=True) if t is not None
+        )
 
     def resized(self, example: Sequence[torch.Tensor], point: Point) -> tuple[torch.Tensor, ...]:
         """The example with another batch size and length, its frames repeated or cropped."""
@@ -105,22 +117,38 @@ def capture(model: nn.Module, example: Sequence[torch.Tensor], clock: Clock, tic
     Raises:
         CaptureError: no way of tracing succeeded.
     """
-    said = []
+    causes: dict[str, str] = {}  # by the line that raised
     with _TRACING, as_for_inference(model), quiet():
-        for way, lanes in ((_export_open, 2), (_export_open_batch, 2), (_export_fixed, 1)):
+        for way, lanes in _WAYS:
             point = Point(max(lanes, batch), ticks)
             try:
                 with time_limit(TIME_LIMIT):
                     program = way(model, clock.resized(example, point), clock)
-                    return _from_export(model, program, clock, point)
+                    return _from_export(model, program, clock, point, recorded=way is _export_recorded)
             except Exception as error:
-                said.append(f"{way.__name__.lstrip('_')}: {type(error).__name__}: {_first_line(error)}")
-    raise CaptureError("the model could not be traced:\n    " + "\n    ".join(said))
+                where = raised_at(error)
+                told = _told(error, where)
+                causes.setdefault(where or told, told)
+    raise CaptureError("\n".join(causes.values()))
 
 
-def _first_line(error: Exception) -> str:
+def _cause(error: Exception) -> str:
     text = str(error).strip()
     return text.splitlines()[0][:300] if text else ""
+
+
+def _told(error: Exception, where: str | None) -> str:
+    """Why a trace failed, where, and what to do about it."""
+    kind = type(error).__name__
+    hint = "keep this out of the model that is compiled, or rewrite it so that torch.export takes the model"
+    if "DataDependent" in kind or "value out of a tracing tensor" in str(error):
+        reason = "the model could not be traced: what it computes depends on the data, by a branch or a size"
+        hint = "compute both sides and choose with torch.where, or keep this out of the model that is compiled"
+    elif isinstance(error, CaptureError):
+        reason = f"the model could not be traced: {_cause(error)}"
+    else:
+        reason = f"the model could not be traced: {kind}: {_cause(error)}"
+    return "\n".join([reason, *([f"    at      {where}"] if where else []), f"    try     {hint}"])
 
 
 def _export(model: nn.Module, inputs: tuple[torch.Tensor, ...], dims: list[dict[int, Any]]) -> ExportedProgram:
@@ -181,6 +209,23 @@ def _export_fixed(model: nn.Module, inputs: tuple[torch.Tensor, ...], clock: Clo
     return _export(model, inputs, [{} for _ in inputs])
 
 
+def _export_recorded(model: nn.Module, inputs: tuple[torch.Tensor, ...], clock: Clock) -> ExportedProgram:
+    point = Point(clock.batch(inputs), clock.ticks(inputs))
+    wider, longer = Point(point.batch + 1, point.ticks), Point(point.batch, 2 * point.ticks)
+    recorded, (batch, time) = record_calls(
+        model, inputs, [lambda: clock.resized(inputs, wider), lambda: clock.resized(inputs, longer)]
+    )
+    dims = [
+        {d: Dim.AUTO for d, same in ((b, batch), (t, time)) if d is not None and same}
+        for b, t in zip(clock.batch_dims, clock.time_dims, strict=True)
+    ]
+    return _export(recorded, inputs, dims)
+
+
+# each with the least number of lanes that it takes
+_WAYS = ((_export_open, 2), (_export_open_batch, 2), (_export_fixed, 1), (_export_recorded, 2))
+
+
 def needs_functionalization(graph: fx.Graph) -> bool:
     """Whether something is written in place to a tensor that is seen elsewhere too.
 
@@ -213,7 +258,7 @@ def needs_functionalization(graph: fx.Graph) -> bool:
     return False
 
 
-def _from_export(model: nn.Module, program: ExportedProgram, clock: Clock, point: Point) -> Capture:
+def _from_export(model: nn.Module, program: ExportedProgram, clock: Clock, point: Point, recorded: bool) -> Capture:
     graph = fx.Graph()
     env: dict[fx.Node, fx.Node] = {}
     constants: dict[str, torch.Tensor] = {}
@@ -265,7 +310,52 @@ def _from_export(model: nn.Module, program: ExportedProgram, clock: Clock, point
         symbolic_batch=batch,
         symbolic_time=time,
         most=most,
+        assumed=Assumptions(program, symbols, points) if time and not recorded else points[0].ticks.__eq__,
     )
+
+
+class Assumptions:
+    """Whether what a trace took for certain holds at other lengths too: see `Capture.assumed`."""
+
+    def __init__(
+        self, program: ExportedProgram, symbols: dict[sympy.Symbol, Callable[[Point], int]], points: list[Point]
+    ) -> None:
+        self.symbols, self.point = {str(s): f for s, f in symbols.items()}, points[0]
+        printer = PythonPrinter()
+        lines: dict[str, Any] = {}
+        sample = Sampler(symbols)
+        for symbol, allowed in program.range_constraints.items():
+            if symbol in symbols:
+                for op, limit in ((">=", allowed.lower), ("<=", allowed.upper)):
+                    if limit.is_finite and not (op == ">=" and limit <= 2):  # torch keeps 0 and 1 apart by itself
+                        lines[f"{symbol} {op} {limit}"] = True
+        for node in program.graph.nodes:
+            if "assert" in str(node.target):
+                condition = node.args[0].meta.get("val") if isinstance(node.args[0], fx.Node) else None
+                if isinstance(condition, torch.SymBool):
+                    lines[printer.doprint(condition.node.expr)] = True
+            for size in _sizes(node):
+                seen = {sample(size, p) for p in points if p.batch == points[0].batch}
+                if len(seen) == 1:
+                    lines[printer.doprint(size.node.expr)] = seen.pop()
+        self.code = [(compile(line, "<assumption>", "eval"), value) for line, value in lines.items()]
+
+    def __call__(self, ticks: int) -> bool:
+        point = Point(self.point.batch, ticks)
+        values: dict[str, Any] = {s: f(point) for s, f in self.symbols.items()}
+        values["math"] = math
+        try:
+            return all(eval(code, values) == wanted for code, wanted in self.code)
+        except (ArithmeticError, NameError):
+            return False
+
+
+def _sizes(node: fx.Node) -> Iterator[torch.SymInt]:
+    """The sizes of a node that were left open."""
+    for value in pytree.tree_leaves(node.meta.get("val")):
+        for size in value.shape if isinstance(value, torch.Tensor) else (value,):
+            if isinstance(size, torch.SymInt) and isinstance(size.node.expr, sympy.Expr):
+                yield size
 
 
 def _most_ticks(placeholders: list[fx.Node], clock: Clock, symbols: Any, point: Point) -> int | None:
@@ -337,18 +427,27 @@ class Sampler:
 
 @contextlib.contextmanager
 def as_for_inference(model: nn.Module) -> Iterator[None]:
-    """The module in eval mode, each submodule put back afterwards to the mode that it was in."""
-    modes = [(m, m.training) for m in model.modules()]
+    """The module in eval mode; afterwards each submodule has its mode, attributes and buffers again as they were."""
+    before = [(m, m.training, dict(m.__dict__), _own_buffers(m)) for m in model.modules()]
     fastpath = torch.backends.mha.get_fastpath_enabled()
     try:
-        for m, _ in modes:
+        for m, *_ in before:
             m.training = False
         torch.backends.mha.set_fastpath_enabled(False)
         yield
     finally:
-        for m, training in modes:
+        for m, training, attributes, buffers in before:
             m.training = training
+            if any(_own_buffers(m).get(name) is not b for name, b in buffers.items()):
+                m._buffers.update(buffers)
+            for name in m.__dict__.keys() - attributes.keys():
+                del m.__dict__[name]
+            m.__dict__.update(attributes)
         torch.backends.mha.set_fastpath_enabled(fastpath)
+
+
+def _own_buffers(module: nn.Module) -> dict[str, torch.Tensor | None]:
+    return {} if isinstance(module, torch.jit.ScriptModule) else dict(module._buffers)
 
 
 @contextlib.contextmanager
