@@ -290,7 +290,7 @@ def _from_export(model: nn.Module, program: ExportedProgram, clock: Clock, point
         axis
         for n, t, b in zip(placeholders, clock.time_dims, clock.batch_dims, strict=True)
         for axis, d in (("time", t), ("batch", b))
-        if d is not None and isinstance(n.meta["val"].shape[d], torch.SymInt)
+        if d is not None and _varies(n.meta["val"].shape[d])
     }
     time, batch = "time" in free, "batch" in free
     points = [point]
@@ -386,6 +386,14 @@ def _most_ticks(placeholders: list[fx.Node], clock: Clock, symbols: Any, point: 
 def _open(node: fx.Node, axis: int) -> bool:
     size = node.meta["val"].shape[axis]
     return isinstance(size, torch.SymInt) and isinstance(size.node.expr, sympy.Symbol)
+
+
+def _varies(size: int | torch.SymInt) -> bool:
+    """Whether a size was left open (after a loop over it, ``range(n)``, a symbol may have one value only)."""
+    if not isinstance(size, torch.SymInt):
+        return False
+    allowed = size.node.shape_env.bound_sympy(size.node.expr)
+    return bool(allowed.lower != allowed.upper)
 
 
 def _holds(expr: Any, symbols: dict[sympy.Symbol, Callable[[Point], int]], point: Point) -> bool:
