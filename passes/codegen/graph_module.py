@@ -45,6 +45,7 @@ class Key:
         holding: sequential ops may not have come to their first frame.
         frames: inputs and outputs come without time axis.
         folded: what depends on parameters alone is a constant.
+        endless: the stream does not end, so that windows reach outside at its start alone.
     """
 
     phase: int
@@ -54,6 +55,7 @@ class Key:
     holding: bool = False
     frames: bool = False
     folded: bool = True
+    endless: bool = False
 
 
 def state_specs(schedule: Schedule) -> list[StateSpec]:
@@ -422,6 +424,13 @@ class Builder:
         found: Index = self._memo[key]
         return found
 
+    def inside(self, index: fx.Node, value: Value) -> fx.Node:
+        """Which of these indices lie in ``[0, length)`` of a value."""
+        begun = self.aten("ge.Scalar", index, 0)
+        if self.key.endless:
+            return begun
+        return self.aten("logical_and.default", begun, self.aten("lt.Tensor", index, self.length(value)))
+
     # -- reading -----------------------------------------------------------------------------------------------------
 
     def window(self, r: Read, span: range) -> Window:
@@ -478,15 +487,11 @@ class Builder:
         mirrored = False
         for level in reversed(r.levels):
             at = index if level.shift == 0 else self.aten("sub.Tensor", index, level.shift)
-            end = self.length(level.value)
             if isinstance(level.fill, Constant):
-                inside = self.aten(
-                    "logical_and.default", self.aten("ge.Scalar", at, 0), self.aten("lt.Tensor", at, end)
-                )
-                masks.append((inside, level.fill.number))
+                masks.append((self.inside(at, level.value), level.fill.number))
             else:
                 assert isinstance(level.fill, Mirror)
-                at = self.mirrored(at, end, level.fill.mode)
+                at = self.mirrored(at, self.length(level.value), level.fill.mode)
                 index = at if level.shift == 0 else self.aten("add.Tensor", at, level.shift)
                 mirrored = True
         time = layout.time
@@ -520,11 +525,7 @@ class Builder:
         level = r.levels[0]
         shift = r.offset - level.shift
         index = self.index_range(level.value, range(window.start + shift, window.stop + shift))
-        inside = self.aten(
-            "logical_and.default",
-            self.aten("ge.Scalar", index, 0),
-            self.aten("lt.Tensor", index, self.length(level.value)),
-        )
+        inside = self.inside(index, level.value)
         return self.aten("where.self", self.along_time(inside, layout), window.node, other)
 
     # -- carried states ----------------------------------------------------------------------------------------------
@@ -625,8 +626,11 @@ def _node(other: Any) -> Any:
     return other.node if isinstance(other, Index) else other
 
 
-def generate(plan: Plan, key: Key, device: torch.device) -> Program:
-    """The program of a key, its small constants on `device`."""
+def generate(plan: Plan, key: Key, device: torch.device, validity: bool = False) -> Program:
+    """The program of a key, its small constants on `device`.
+
+    With `validity` it returns a third tuple: for each output with time, which of its frames exist (bool, one for each).
+    """
     b = Builder(plan.schedule, key, plan.batch_input(key.frames), plan.constants, device, plan.about)
     _inputs(b, plan)
     specs = state_specs(plan.schedule)
@@ -639,7 +643,9 @@ def generate(plan: Plan, key: Key, device: torch.device) -> Program:
     spans, results = _outputs(b, plan)
     _keep_histories(b, plan)
     b.about = None
-    b.graph.output((tuple(results), tuple(b.next_states.get(s.name, b.states[s.name]) for s in specs)))
+    after = tuple(b.next_states.get(s.name, b.states[s.name]) for s in specs)
+    exist = (_validity(b, plan, spans),) if validity else ()
+    b.graph.output((tuple(results), after, *exist))
     b.graph.output_node().meta["cofx"] = None
     b.graph.eliminate_dead_code()
     where = [b.states["count"], b.states["length"]]
@@ -718,6 +724,26 @@ def _outputs(b: Builder, plan: Plan) -> tuple[list[OutputSpan], list[Any]]:
             node = b.aten("select.int", node, leaf.value.layout.time, 0)
         results.append(b.owned(node))
     return spans, results
+
+
+def _validity(b: Builder, plan: Plan, spans: list[OutputSpan]) -> tuple[fx.Node | None, ...]:
+    """For each output with time, which of the returned frames exist; none do where a table has run out."""
+    within = None
+    for op in b.schedule.graph.ops:
+        if op.limit is not None:
+            value = op.outputs[0]
+            stop = b.index_range(value, range(b.after[value], b.after[value] + 1))
+            ok = b.aten("le.Scalar", b.aten("minimum.default", stop, b.length(value)), op.limit)
+            within = ok if within is None else b.aten("logical_and.default", within, ok)
+    exist: list[fx.Node | None] = []
+    for leaf, span in zip(plan.outputs, spans, strict=True):
+        if leaf.value is None:
+            exist.append(within)
+            continue
+        index = b.index_range(leaf.value, range(span.start, span.start + span.frames))
+        inside = b.inside(index, leaf.value)
+        exist.append(inside if within is None else b.aten("logical_and.default", inside, within))
+    return tuple(exist)
 
 
 def _keep_histories(b: Builder, plan: Plan) -> None:
