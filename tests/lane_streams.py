@@ -61,13 +61,18 @@ class Batch:
 
     def stream(self) -> Stream:
         sample, rng = self.sample, self.rng
-        lengths = [sample.whole(rng.randint(1, sample.length)), sample.whole(rng.randint(sample.clip_length, sample.length))]
+        lengths = [
+            sample.whole(rng.randint(1, sample.length)),
+            sample.whole(rng.randint(sample.clip_length, sample.length)),
+        ]
         for steps in (rng.choice(lengths), sample.length):
             clips = sample.inputs(steps, seed=rng.randrange(10**6), batch=1)
             self.alone.clean_state()
             try:
                 out = self.alone.forward_steps(*clips, pad_end=True)
-            except cofx.InputError:  # the model does not take this length
+                if len(self.case.streams) == len(self.case.kinds):
+                    self.case.model(*clips)
+            except (cofx.InputError, RuntimeError):  # the model does not take this length
                 continue
             break
         leaves = [None] * len(self.case.kinds) if out is None else pytree.tree_leaves(out, is_leaf=lambda x: x is None)
@@ -144,10 +149,8 @@ class Batch:
             valid = valid.unsqueeze(1)
         require(valid.shape[1] == len(frames), f"{label}: {len(frames)} frames, valid {tuple(valid.shape)}")
         time = self.case.time_dims[i]
-        if self.case.kinds[i] == "stream" and axis is not None and time is not None and time < axis:
-            axis -= 1
-        elif self.case.kinds[i] != "stream" and axis is not None and time is not None and time < axis \
-                and frames[0].dim() < len(self.case.example[0][i].shape):  # fmt: skip
+        dropped = frames[0].dim() < self.case.example[0][i].dim()
+        if dropped and axis is not None and time is not None and time < axis:
             axis -= 1
         for lane, s in enumerate(self.streams):
             for j, frame in enumerate(frames):
@@ -171,7 +174,9 @@ class Batch:
         for i, (got, want) in enumerate(zip(s.got, s.wanted, strict=True)):
             if self.case.time_dims[i] is None and self.case.kinds[i] == "stream":
                 continue
-            require(len(got) == len(want), f"{self.sample.name}: lane {lane}, output {i} gave {len(got)} of {len(want)}")
+            require(
+                len(got) == len(want), f"{self.sample.name}: lane {lane}, output {i} gave {len(got)} of {len(want)}"
+            )
 
 
 def _spoil(tensor: Tensor, number: float, whole: int = 0) -> None:

@@ -394,7 +394,8 @@ class Builder:
         """True indices for frames that this program calls `span` (of `value`)."""
         steps = self.constant(list(span), torch.int64)
         per_period = int(value.rate * self.schedule.period)
-        return self.aten("add.Tensor", steps, self.aten("mul.Tensor", self.cycles, per_period))
+        at = self.cycles if per_period == 1 else self.aten("mul.Tensor", self.cycles, per_period)
+        return self.aten("add.Tensor", steps, at)
 
     @property
     def cycles(self) -> fx.Node:

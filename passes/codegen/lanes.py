@@ -180,7 +180,7 @@ def generate_lanes(
     program = generate(plan, key, device, validity=True)
     has_batch = any(b is not None for b in plan.clock.batch_dims)
     build = functools.partial(
-        _Build, plan, key, program.module, controls=controls, batch_first=batch_first, has_batch=has_batch
+        _Build, plan, key, program.module, device, controls=controls, batch_first=batch_first, has_batch=has_batch
     )
     if plan.capture.symbolic_batch and has_batch:
         try:
@@ -209,10 +209,10 @@ class _Build:
     """One lane program in the making."""
 
     def __init__(
-        self, plan: Plan, key: Key, module: fx.GraphModule, *, controls: bool, batch_first: bool, has_batch: bool,
-        in_front: bool,
+        self, plan: Plan, key: Key, module: fx.GraphModule, device: torch.device, *, controls: bool,
+        batch_first: bool, has_batch: bool, in_front: bool,
     ) -> None:  # fmt: skip
-        self.plan, self.key, self.source = plan, key, module
+        self.plan, self.key, self.source, self.device = plan, key, module, device
         self.controls, self.batch_first, self.has_batch, self.in_front = controls, batch_first, has_batch, in_front
         self.schedule = plan.schedule
         self.graph = fx.Graph()
@@ -309,6 +309,7 @@ class _Build:
             kept.append(self.placeholder(spec.name))
         self.about = None
         count, length, ready, position = self._positions(control)
+        self.bounds = count, length
         for name, node in (("count", count), ("length", length)):
             if name in by_name:
                 self.env[by_name[name]], self.places[by_name[name]] = node, FRONT
@@ -371,6 +372,7 @@ class _Build:
         traced = self.plan.inputs[i][0]
         inner = next(n for n in self.source.graph.nodes if n.op == "placeholder" and n.name == traced.name)
         shape, (at, time) = self._input_shape(i, 1)
+        inner_time = time
         dtype = traced.meta["val"].dtype
         outer = 0 if self.batch_first and at is not None else at
         timed = self.plan.inputs[i][1] is not None
@@ -389,16 +391,48 @@ class _Build:
             if self.in_front:
                 node = self.to_front(node, at)
                 place = FRONT
-        if ready is not None and place is not None and not dtype.is_floating_point and not dtype.is_complex:
-            node = self._only_ready(node, place, ready, len(shape) + (place == FRONT and at is not None))
+        if ready is not None and place is not None:
+            rank = self.measured[1][inner].dim() + (place == FRONT)
+            at_time = None if inner_time is None else inner_time + (place == FRONT)
+            node = self._only_alive(node, 0 if place == FRONT else place, at_time, rank, i, ready)
         self.env[inner], self.places[inner] = node, place
         return LaneInput(traced.name, tuple(shape), dtype, outer, time)
 
-    def _only_ready(self, node: fx.Node, place: int, ready: fx.Node, rank: int) -> fx.Node:
-        """Zeros for lanes that are held: what they are given may be no index of anything."""
-        axis = 0 if place == FRONT else place
-        shape = [-1 if i == axis else 1 for i in range(rank)]
-        return self.emit(aten.where.ScalarOther, self.emit(aten.reshape.default, ready, shape), node, 0)
+    def _only_alive(self, node: fx.Node, batch: int, time: int | None, rank: int, i: int, ready: fx.Node) -> fx.Node:
+        """Zeros for lanes that are held, and for frames past the end of a stream, whatever they are given.
+
+        Further on they are masked by index, but a number may be no index of anything, and kernels that fill up blocks
+        of frames with zeros (bfloat16 convolutions) do not keep NaN to the frame that it is in.
+        """
+        value = self.plan.inputs[i][1]
+        alive = ready
+        if value is not None:
+            rate = int(value.rate)
+            frames = 1 if time is None else self.key.ticks * rate
+            ticks = [[j // rate for j in range(frames)]]
+            if ("ticks", frames, rate) not in self.aligned:
+                count, length = (self.emit(aten.unsqueeze.default, n, 1) for n in self.bounds)
+                at = count if self.key.ticks == 1 else self.emit(aten.add.Tensor, count, self._constant(ticks))
+                inside = self.emit(aten.lt.Tensor, at, length)
+                shaped = self.emit(aten.unsqueeze.default, ready, 1)
+                self.aligned["ticks", frames, rate] = self.emit(aten.logical_and.default, shaped, inside)
+            alive = self.aligned["ticks", frames, rate]
+        sizes = [1] * rank
+        sizes[batch] = -1
+        if time is not None and self.key.ticks > 1:
+            sizes[time] = frames
+            if time < batch:
+                alive = self.emit(aten.transpose.int, alive, 0, 1)
+        shaped = self.emit(aten.reshape.default, alive, sizes)
+        nothing = False if self.plan.inputs[i][0].meta["val"].dtype == torch.bool else 0
+        return self.emit(aten.where.ScalarOther, shaped, node, nothing)
+
+    def _constant(self, numbers: Any) -> fx.Node:
+        name = f"lane_constant_{len(self.root)}"
+        self.root[name] = torch.tensor(numbers, dtype=torch.int64, device=self.device)
+        node = self.graph.get_attr(name)
+        node.meta["cofx"] = self.about
+        return node
 
     def _state_in(self, inner: fx.Node, node: fx.Node, layout: Layout) -> None:
         """Take a state in, lanes first, to where the program has them."""
