@@ -94,17 +94,25 @@ def _tile(x: torch.Tensor, axis: int | None, size: int) -> torch.Tensor:
 def capture(model: nn.Module, example: Sequence[torch.Tensor], clock: Clock, ticks: int, batch: int) -> Capture:
     """Trace `model` at `ticks` and at least 2 lanes, with batch and time left open where the model allows it.
 
+    A model that does not leave its batch size open is traced at `batch` itself.
+
     Raises:
         CaptureError: no way of tracing succeeded.
     """
     said = []
     with _TRACING, as_for_inference(model), quiet():
-        for way, lanes in ((_export_open, 2), (_export_open_batch, 2), (_export_fixed, 1)):
-            point = Point(max(lanes, batch), ticks)
+        ways = [(_export_open, max(2, batch)), (_export_open, batch), (_export_open_batch, max(2, batch)),
+                (_export_fixed, batch)]  # fmt: skip
+        for way, lanes in dict.fromkeys(ways):
+            point = Point(lanes, ticks)
             try:
                 with time_limit(TIME_LIMIT):
-                    program = way(model, clock.resized(example, point), clock)
-                    return _from_export(model, program, clock, point)
+                    inputs = clock.resized(example, point)
+                    program = way(model, inputs, clock)
+                    found = _from_export(model, program, clock, point)
+                if found.symbolic_batch or clock.batch(inputs) == batch:
+                    return found
+                said.append(f"{way.__name__.lstrip('_')}: the model fixes the batch size")
             except Exception as error:
                 said.append(f"{way.__name__.lstrip('_')}: {type(error).__name__}: {_first_line(error)}")
     raise CaptureError("the model could not be traced:\n    " + "\n    ".join(said))
@@ -237,7 +245,7 @@ def _from_export(model: nn.Module, program: ExportedProgram, clock: Clock, point
         axis
         for n, t, b in zip(placeholders, clock.time_dims, clock.batch_dims, strict=True)
         for axis, d in (("time", t), ("batch", b))
-        if d is not None and isinstance(n.meta["val"].shape[d], torch.SymInt)
+        if d is not None and _is_open(n.meta["val"].shape[d], program)
     }
     time, batch = "time" in free, "batch" in free
     points = [point]
@@ -256,6 +264,14 @@ def _from_export(model: nn.Module, program: ExportedProgram, clock: Clock, point
         symbolic_batch=batch,
         symbolic_time=time,
     )
+
+
+def _is_open(size: Any, program: ExportedProgram) -> bool:
+    """Whether a traced size may be another: not where the model made a number of it (`int`, `range`)."""
+    if not isinstance(size, torch.SymInt):
+        return False
+    bounds = program.range_constraints.get(size.node.expr)
+    return bounds is None or not bounds.is_singleton()
 
 
 def _symbols(placeholders: list[fx.Node], clock: Clock) -> dict[sympy.Symbol, Callable[[Point], int]]:

@@ -61,20 +61,18 @@ class Batch:
 
     def stream(self) -> Stream:
         sample, rng = self.sample, self.rng
-        lengths = [
-            sample.whole(rng.randint(1, sample.length)),
-            sample.whole(rng.randint(sample.clip_length, sample.length)),
-        ]
-        for steps in (rng.choice(lengths), sample.length):
+        least = rng.choice((1, sample.clip_length))
+        for steps in (sample.whole(rng.randint(least, sample.length)), sample.length):
             clips = sample.inputs(steps, seed=rng.randrange(10**6), batch=1)
             self.alone.clean_state()
             try:
                 out = self.alone.forward_steps(*clips, pad_end=True)
                 if len(self.case.streams) == len(self.case.kinds):
                     self.case.model(*clips)
+                break
             except (cofx.InputError, RuntimeError):  # the model does not take this length
-                continue
-            break
+                if steps == sample.length:
+                    raise
         leaves = [None] * len(self.case.kinds) if out is None else pytree.tree_leaves(out, is_leaf=lambda x: x is None)
         wanted = [[] if leaf is None else self.splitter.split(leaf, i, "alone") for i, leaf in enumerate(leaves)]
         made = Stream(clips, steps, wanted, poison=rng.random() < 0.15)
