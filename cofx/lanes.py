@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
+from fractions import Fraction
 from typing import Any
 
 import torch
 from torch.utils import _pytree as pytree
 
+from . import __version__
 from .compiled import Compiled
 from .passes.codegen.lanes import (
     POSITION,
@@ -118,6 +121,17 @@ class Lanes:
                         f"entries ({user_frame(op.node) if op.node is not None else ''}); start a new one with start"
                     )
 
+    def about(self) -> dict[str, Any]:
+        """What holds for the outputs, for the metadata of a file; fractions as strings."""
+        plan = dataclasses.replace(self.plan, schedule=self.schedule, timings={})
+        outputs = []
+        for leaf in plan.outputs:
+            timing = plan.about(leaf.value)
+            numbers = ("delay", "receptive_field", "stride", "padding")
+            known = {n: _plain(getattr(timing, n)) if timing else 0 for n in numbers}
+            outputs.append({**known, "equivalence": leaf.equivalence})
+        return {"version": __version__, **outputs[0], "outputs": outputs}
+
     # -- states ------------------------------------------------------------------------------------------------------
 
     def from_stream(self, state: StreamState) -> LaneState:
@@ -152,6 +166,10 @@ class Lanes:
             StateError: it is of another model.
         """
         return check_lanes(snap, self.specs, self.schedule.period, self.spec.device)
+
+
+def _plain(number: float | int | Fraction) -> int | str:
+    return number if isinstance(number, int) else str(number)
 
 
 def lanes_of(compiled: Compiled, inputs: Sequence[torch.Tensor], frames: bool) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
+import os
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -421,6 +422,51 @@ class StepModule(nn.Module):
         self._ready(inputs, frames=False)
         self.compiled.spec.check(inputs, self.compiled.spec.ticks(inputs), None, frames=False)
         return verify(self.model, self.compiled, inputs)
+
+    def to_onnx(
+        self,
+        path: str | os.PathLike[str],
+        frames_per_step: int | None = None,
+        dynamic_batch: bool = True,
+        opset: int | None = None,
+        controls: bool = True,
+    ) -> None:
+        """Write the step model as an ONNX file that is right from the first frame in any runtime.
+
+        The graph takes the model's inputs, batch first, with a time axis; states of zeros to begin with, later those
+        that it gave; and for each lane (batch, 1): `start` (bool), `ready` (bool) and `length` (int64), as
+        `forward_step` does. It gives the model's outputs, ``<name>_valid`` (bool; batch, frames), and the states.
+        ``metadata_props["cofx"]`` describes all of it in JSON. `cofx.runtime.onnx_step.OnnxStep` runs it.
+
+        Args:
+            path: of the file.
+            frames_per_step: frames of the slowest input per call, a multiple of the model's period; default one period.
+            dynamic_batch: the batch size is left open; else it is one.
+            opset: version of the operator set, 18 (the default) or later.
+            controls: False leaves out start, ready and length, for the barest graph: all lanes begin with states of
+                zeros, and none ends.
+
+        Raises:
+            OnnxError: an op has no ONNX form; the message names it. No file is left behind.
+            InputError: `frames_per_step` is no multiple of the period.
+        """
+        from .passes.codegen.onnx import OPSET, export_onnx
+
+        programs = self._programs()
+        period = programs.schedule.period
+        if frames_per_step is not None and (frames_per_step < 1 or frames_per_step % period):
+            raise InputError(f"frames_per_step is a multiple of {period}, the model's period, not {frames_per_step}")
+        if opset is not None and opset < OPSET:
+            raise InputError(f"opset {opset}: {OPSET} is the least")
+        export_onnx(
+            programs.plan,
+            path,
+            programs.about(),
+            ticks=frames_per_step,
+            dynamic_batch=dynamic_batch,
+            opset=opset,
+            controls=controls,
+        )
 
     def report(self) -> Report:
         """Multiply-adds per step and per clip, the share that is streamed, bytes of state, and what is recomputed."""

@@ -48,6 +48,9 @@ Place = int | None  # or the dimension that they have to themselves; None: it is
 
 POSITION = "position"
 
+# what they make depends on sizes alone, whatever tensor they are called on
+_FACTORIES = {aten.new_full.default, aten.new_zeros.default, aten.new_ones.default, aten.new_empty.default}
+
 
 class Ambiguous(Exception):
     """Where a tensor's lanes lie cannot be told; they are then put in front of everything."""
@@ -66,11 +69,19 @@ class LaneInput:
 
 @dataclass(frozen=True)
 class LaneOutput:
-    """An output of a lane program. `batch`, `time`: its dimensions there, or None."""
+    """An output of a lane program.
+
+    Attributes:
+        batch, time: its dimensions there, or None.
+        frames: per call.
+        model_batch, model_time: its dimensions as the model has them (lanes in front where it gives none).
+    """
 
     batch: int | None
     time: int | None
     frames: int
+    model_batch: int | None
+    model_time: int | None
 
 
 @dataclass(frozen=True)
@@ -84,8 +95,8 @@ class LaneProgram:
         ticks: that it takes.
         inputs, outputs: what they look like.
         states: the position, then all that is kept, lanes first; zeros are a lane that has not begun.
-        limit: ticks after which a table of positions runs out, or None.
         flush_calls: after the call with a lane's last frame, calls until its last output at the most.
+        device: where it runs.
     """
 
     module: fx.GraphModule
@@ -94,6 +105,7 @@ class LaneProgram:
     outputs: list[LaneOutput]
     states: list[StateSpec]
     flush_calls: int
+    device: torch.device
 
 
 def lane_schedule(plan: Plan) -> Schedule:
@@ -340,6 +352,7 @@ class _Build:
             [o for _, o in outputs],
             specs,
             flush_calls(self.schedule, self.plan.outputs, self.key.ticks),
+            self.device,
         )
 
     def _positions(self, control: list[fx.Node]) -> tuple[fx.Node, fx.Node, fx.Node | None, fx.Node]:
@@ -493,6 +506,7 @@ class _Build:
         rank = self.measured[1][inner].dim()
         if place == MIXED:
             raise Ambiguous
+        own = (None, time) if place is None or not self.has_batch else None  # it has no lanes by itself
         if place is None:
             node = self.expand(node, rank) if self.batch_first else node
             place = 0 if self.batch_first else None
@@ -503,11 +517,12 @@ class _Build:
                 place, time = 0, None if time is None else time + 1
             else:
                 node, place = self.emit(aten.movedim.int, self.emit(aten.squeeze.dim, node, at + 1), 0, at), at
+        model = own if own is not None else (place, time)
         if self.batch_first and place:
             node = self.emit(aten.movedim.int, node, place, 0)
             time = time if time is None or time > place else time + 1
             place = 0
-        return node, LaneOutput(place, time, frames)
+        return node, LaneOutput(place, time, frames, *model)
 
     def _output_batch(self, inner: fx.Node, time: int | None) -> int | None:
         """Where an output whose lanes lie in front has its own batch dimension, of size one."""
@@ -567,6 +582,8 @@ class _Build:
             self.places[node] = None
             return
         places = [p for n in node.all_input_nodes for p in pytree.tree_leaves(self.places[n], is_leaf=_is_place)]
+        if node.target in _FACTORIES:
+            places = [None]
         if FRONT not in places:
             place = None if self.in_front else self._place(node)
             kept = [p is not None for p in pytree.tree_leaves(place, is_leaf=_is_place)]
