@@ -37,10 +37,9 @@ class _Buffers:
     def __init__(self, session: ort.InferenceSession, meta: Mapping[str, Any], lanes: int) -> None:
         self.session, self.lanes = session, lanes
         self.inputs = {i["name"]: _zeros(i["shape"], i["dtype"], lanes) for i in meta["inputs"]}
-        names = ("start", "ready", "length") if meta["controls"] else ()
-        self.controls: dict[str, Array] = {
-            n: np.zeros((lanes, 1), np.int64 if n == "length" else np.bool_) for n in names
-        }
+        self.controls: dict[str, Array] = {}
+        for name in ("start", "ready", "length") if meta["controls"] else ():
+            self.controls[name] = np.zeros((lanes, 1), np.int64 if name == "length" else np.bool_)
         self.outputs = {
             o.name: _zeros([d if isinstance(d, int) else "batch" for d in o.shape], _NAMES[o.type], lanes)
             for o in session.get_outputs()

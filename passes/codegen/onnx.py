@@ -19,7 +19,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
+from torch import fx, nn
+from torch._decomp import decomposition_table
 from torch.utils import _pytree as pytree
 
 from ..errors import CompileError
@@ -28,6 +29,8 @@ from .lanes import LaneProgram, generate_lanes, lane_schedule
 
 if TYPE_CHECKING:
     from ..pipeline import Plan
+
+aten = torch.ops.aten
 
 FORMAT = 1  # of the metadata
 OPSET = 18
@@ -153,6 +156,8 @@ def _convert(
     with torch.no_grad(), _quiet():
         try:
             exported = torch.export.export(step, tuple(arguments), dynamic_shapes=(tuple(dims),), strict=False)
+            if table := _without_form(exported.graph):
+                exported = exported.run_decompositions(table)
             converted = torch.onnx.export(
                 exported,
                 dynamo=True,
@@ -168,6 +173,15 @@ def _convert(
     if dynamic_batch:
         _rename_batch(model)
     return model
+
+
+def _without_form(graph: fx.Graph) -> dict[Any, Any]:
+    """Decompositions of ops that ONNX has, but not in the way in which they are called."""
+    projected = any(
+        n.target is aten.lstm.input and len({h.meta["val"].shape[-1] for h in n.args[1]}) > 1
+        for n in graph.nodes
+    )
+    return {aten.lstm.input: decomposition_table[aten.lstm.input]} if projected else {}
 
 
 def _rename_batch(model: Any) -> None:
