@@ -1,6 +1,6 @@
 """Pass 1: trace the module into one ATen graph, with as little of its shapes fixed as it allows.
 
-Ways of tracing are tried in turn (`_WAYS`); the first that succeeds is taken. The result is a `Capture`: a graph
+Ways of tracing are tried in turn; the first that succeeds is taken. The result is a `Capture`: a graph
 whose parameters are ``get_attr`` nodes of the user's own module, a way of telling what each of its sizes is at other
 batch sizes and lengths, and another of telling whether what the trace took for certain holds there.
 """
@@ -114,17 +114,25 @@ def _tile(x: torch.Tensor, axis: int | None, size: int) -> torch.Tensor:
 def capture(model: nn.Module, example: Sequence[torch.Tensor], clock: Clock, ticks: int, batch: int) -> Capture:
     """Trace `model` at `ticks` and at least 2 lanes, with batch and time left open where the model allows it.
 
+    A model that does not leave its batch size open is traced at `batch` itself.
+
     Raises:
         CaptureError: no way of tracing succeeded.
     """
     causes: dict[str, str] = {}  # by the line that raised
     with _TRACING, as_for_inference(model), quiet():
-        for way, lanes in _WAYS:
-            point = Point(max(lanes, batch), ticks)
+        ways = [(_export_open, max(2, batch)), (_export_open, batch), (_export_open_batch, max(2, batch)),
+                (_export_fixed, batch), (_export_recorded, max(2, batch))]  # fmt: skip
+        for way, lanes in dict.fromkeys(ways):
+            point = Point(lanes, ticks)
             try:
                 with time_limit(TIME_LIMIT):
-                    program = way(model, clock.resized(example, point), clock)
-                    return _from_export(model, program, clock, point, recorded=way is _export_recorded)
+                    inputs = clock.resized(example, point)
+                    program = way(model, inputs, clock)
+                    found = _from_export(model, program, clock, point, recorded=way is _export_recorded)
+                if found.symbolic_batch or clock.batch(inputs) == batch:
+                    return found
+                raise CaptureError("the model fixes the batch size")
             except Exception as error:
                 where = raised_at(error)
                 told = _told(error, where)
@@ -220,10 +228,6 @@ def _export_recorded(model: nn.Module, inputs: tuple[torch.Tensor, ...], clock: 
         for b, t in zip(clock.batch_dims, clock.time_dims, strict=True)
     ]
     return _export(recorded, inputs, dims)
-
-
-# each with the least number of lanes that it takes
-_WAYS = ((_export_open, 2), (_export_open_batch, 2), (_export_fixed, 1), (_export_recorded, 2))
 
 
 def needs_functionalization(graph: fx.Graph) -> bool:
