@@ -35,7 +35,7 @@ from .registry import NEEDS_NO_RULE, find_rule
 from .symbolic_recurrence import symbolic_recurrence
 
 TIME_LIMIT = 300.0  # seconds that one way of tracing may take
-_TRACING = threading.RLock()  # torch.export keeps global state: one trace at a time
+TRACING = threading.RLock()  # torch.export keeps global state: one trace at a time
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ class Capture:
         points: where sizes are known; the first is the trace's own.
         sample: a size, number or shape found in the graph (int, SymInt, ...) as it is at a point.
         assumed: whether all that the trace took for certain (branches on sizes, numbers that did not move between the
-            points) also holds at so many ticks. False where only one length was seen.
+            points) also holds at so many ticks. With a fixed length: whether it was traced there.
     """
 
     graph: fx.Graph
@@ -111,7 +111,7 @@ def capture(model: nn.Module, example: Sequence[torch.Tensor], clock: Clock, tic
         CaptureError: no way of tracing succeeded.
     """
     causes: dict[str, str] = {}  # by the line that raised
-    with _TRACING, as_for_inference(model), quiet():
+    with TRACING, as_for_inference(model), quiet():
         for way, lanes in _WAYS:
             point = Point(max(lanes, batch), ticks)
             try:
@@ -301,7 +301,9 @@ def _from_export(model: nn.Module, program: ExportedProgram, clock: Clock, point
         sample=Sampler(symbols),
         symbolic_batch=batch,
         symbolic_time=time,
-        assumed=Assumptions(program, symbols, points) if time and not recorded else points[0].ticks.__eq__,
+        assumed=Assumptions(program, symbols, points)
+        if time and not recorded
+        else lambda ticks: ticks in {p.ticks for p in points},
     )
 
 
@@ -318,7 +320,7 @@ class Assumptions:
         for symbol, allowed in program.range_constraints.items():
             if symbol in symbols:
                 for op, limit in ((">=", allowed.lower), ("<=", allowed.upper)):
-                    if limit.is_finite and not (op == ">=" and limit <= 2):  # torch keeps 0 and 1 apart by itself
+                    if isinstance(limit, sympy.Integer) and not (op == ">=" and limit <= 2):  # torch knows no 0 and 1
                         lines[f"{symbol} {op} {limit}"] = True
         for node in program.graph.nodes:
             if "assert" in str(node.target):

@@ -16,27 +16,31 @@ from .capture import Capture
 from .errors import CaptureError
 
 
-def compare_lengths(graph: fx.Graph, captured: Capture, again: Callable[[int], Capture]) -> None:
+def compare_lengths(graph: fx.Graph, captured: Capture, again: Callable[[int], Capture]) -> bool:
     """Add the sizes at twice the length as another sample point, if the model can be traced there in the same form.
 
     Args:
         graph: the canonical graph of `captured`.
         again: traces the model at so many ticks.
+
+    Returns:
+        False if the model has another form at that length.
     """
     try:
         other = again(2 * captured.points[0].ticks)
     except CaptureError:
-        return
+        return True
     twin = canonicalize(other)
     pairs = list(zip(graph.nodes, twin.nodes, strict=False))
     back = {b: a for a, b in pairs}
     if len(graph.nodes) != len(twin.nodes) or not all(_same_form(a, b, back) for a, b in pairs):
-        return
+        return False
     captured.points.append(other.points[0])
     for a, b in pairs:
         if a.op != "output":
             a.meta["samples"].append(map_arg(b.meta["samples"][0], lambda n: back[n]))
             a.meta["sizes"].append(b.meta["sizes"][0])
+    return True
 
 
 def _same_form(a: fx.Node, b: fx.Node, back: dict[fx.Node, fx.Node]) -> bool:
