@@ -15,11 +15,12 @@ from .passes.codegen.graph_module import FOREVER, Key, generate, state_specs
 from .passes.errors import user_frame
 from .passes.pipeline import Leaf, Plan, tensors
 from .runtime.errors import InputError
-from .runtime.program import OutputSpan, Program
-from .runtime.state import StreamState, allocate
+from .runtime.program import OutputSpan, Program, StateSpec
+from .runtime.state import StreamState, allocate, grow
 
-EVALUATIONS = 8  # of a clip in one program
+EVALUATIONS = 8  # of a clip or a loop's body in one program
 KEPT_PROGRAMS = 512
+CAPACITY = 16  # ticks for which there is room at first, in a state that grows
 
 
 class Compiled:
@@ -29,10 +30,12 @@ class Compiled:
         self.model, self.plan, self.batch = model, plan, batch
         self.open_batch = plan.capture.symbolic_batch or all(b is None for b in plan.clock.batch_dims)
         self.specs = state_specs(plan.schedule)
+        self.grows = bool(plan.schedule.growing)
         self.spec = InputSpec.of(plan)
         self.programs: dict[Key, Program] = {}
         self.tables = [op for op in plan.schedule.graph.ops if op.limit is not None]
         self.clips = [(c.first, c.every) for op in plan.schedule.graph.ops if (c := op.clip) is not None]
+        self.unrolled = any(op.unrolled for op in plan.schedule.graph.ops)
         self._seen = self._fingerprint()
         before = plan.schedule.counts(0)
         self.early = any(before[v] > 0 for op in plan.schedule.graph.ops for v in op.outputs)
@@ -51,6 +54,19 @@ class Compiled:
             self.plan.constants.renew(tensors(self.model, self.plan.capture))
             self.programs.clear()
             self.spec = InputSpec.of(self.plan)
+
+    def capacity(self, ticks: int) -> int:
+        """Ticks for which there is room in the state after so many: 0 if it does not grow, else in steps of a half."""
+        if not self.grows:
+            return 0
+        room = CAPACITY
+        while room < ticks:
+            room += room // 2 if room & (room - 1) == 0 else room // 3  # 16, 24, 32, 48, 64, ...
+        return room
+
+    def specs_after(self, ticks: int) -> list[StateSpec]:
+        """What is kept after so many ticks."""
+        return state_specs(self.plan.schedule, self.capacity(ticks)) if self.grows else self.specs
 
     def program(self, key: Key) -> Program:
         """The program of a key, generated when first asked for."""
@@ -82,12 +98,6 @@ class Compiled:
 
     def _within_tables(self, ticks: int) -> None:
         """Raise before a table of positions runs out, or the model would do otherwise than where it was traced."""
-        if self.plan.limit is not None and ticks > self.plan.limit[0]:
-            raise InputError(
-                f"the stream is longer than {self.plan.limit[0]} frames: beyond, the model does otherwise than at the "
-                f"traced {self.plan.capture.points[0].ticks}\n    at      {self.plan.limit[1]}\n    try     "
-                "clean_state() begins a new stream; compile(..., equivalence='clip') recomputes whole clips"
-            )
         for op in self.tables:
             assert op.limit is not None
             if self.plan.schedule.count(op.outputs[0], ticks) > op.limit:
@@ -95,12 +105,21 @@ class Compiled:
                     f"the stream is longer than a table of the model: {op.name} has {op.limit} entries "
                     f"({user_frame(op.node) if op.node is not None else ''}); start a new one with clean_state()"
                 )
+        if self.plan.limit is not None and ticks > self.plan.limit[0]:
+            most, line = self.plan.limit
+            raise InputError(
+                f"on more than {most} frames the model does otherwise than on the example of "
+                f"{self.plan.capture.points[0].ticks}\n    at      {line or '(it cannot be run there)'}\n    try     "
+                "clean_state() begins a new stream; compile(..., equivalence='clip') recomputes whole clips"
+            )
 
     def _piece(self, count: int, ticks: int) -> int:
         """How many ticks one program takes: single ones until every sequential op has come to its first frame, and
-        no more than a few evaluations of a clip, which a program repeats one by one."""
+        no more than a few evaluations of a clip or a loop's body, which a program repeats one by one."""
         if count < self.plan.schedule.sequential_from:
             return 1
+        if self.unrolled:
+            ticks = min(ticks, EVALUATIONS)
         for first, every in self.clips:
             idle = first - 1 - count
             ticks = min(ticks, idle if idle > 0 else EVALUATIONS * every)
@@ -120,12 +139,15 @@ class Compiled:
             holding=state.count < schedule.sequential_from,
             frames=frames,
             folded=not (torch.is_grad_enabled() and any(p.requires_grad for p in self.model.parameters())),
+            capacity=self.capacity(state.count + ticks),
         )
         program = self.program(key)
         kept, batch = state.tensors, state.batch
         if kept is None:
             batch = self.spec.batch_of(inputs, frames)
-            kept = allocate(self.specs, batch or 1, self.spec.device)
+            kept = allocate(self.specs_after(state.count + ticks), batch or 1, self.spec.device)
+        elif key.capacity != self.capacity(state.count):
+            kept = grow(kept, self.specs_after(state.count + ticks))
         extra = {"count": state.count, "length": FOREVER if length is None else length}
         where = [torch.tensor(extra[w], device=self.spec.device) for w in program.wants]
         outputs, after = program.module(*inputs, *where, *kept)

@@ -271,7 +271,7 @@ class StepModule(nn.Module):
 
     def get_state(self) -> dict[str, torch.Tensor]:
         """A snapshot of the stream: a flat dict of named tensors, nothing shared."""
-        return snapshot(self._state, self._compiled.specs if self._compiled else ())
+        return snapshot(self._state, self._compiled.specs_after(self._state.count) if self._compiled else ())
 
     def set_state(self, state: Mapping[str, torch.Tensor]) -> None:
         """Go on from a snapshot.
@@ -279,7 +279,7 @@ class StepModule(nn.Module):
         Raises:
             StateError: it belongs to another model; nothing has changed.
         """
-        self._state = restore(dict(state), self.compiled.specs, self.compiled.spec.device)
+        self._state = restore(dict(state), self.compiled.specs_after, self.compiled.spec.device)
 
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
         """The model's own: its checkpoints load into either."""

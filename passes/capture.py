@@ -28,13 +28,18 @@ from torch.export.graph_signature import InputKind
 from torch.utils import _pytree as pytree
 from torch.utils._sympy.printers import PythonPrinter
 
+from .caught_errors import caught_errors
 from .errors import CaptureError, raised_at
 from .inline_regions import inline_regions
+from .known_values import KnownValues
 from .record_calls import record_calls
 from .registry import NEEDS_NO_RULE, find_rule
 from .symbolic_recurrence import symbolic_recurrence
 
 TIME_LIMIT = 300.0  # seconds that one way of tracing may take
+# Longer sample points differ from the traced length by this, so that they are alike modulo any product of strides that
+# one meets: powers of two, and hops such as 300, 320 or 441 frames.
+CONGRUENT = 2**12 * 3**2 * 5**2 * 7**2
 TRACING = threading.RLock()  # torch.export keeps global state: one trace at a time
 
 
@@ -145,7 +150,7 @@ def _told(error: Exception, where: str | None) -> str:
 
 
 def _export(model: nn.Module, inputs: tuple[torch.Tensor, ...], dims: list[dict[int, Any]]) -> ExportedProgram:
-    with symbolic_recurrence():
+    with symbolic_recurrence(), caught_errors(), KnownValues():
         program = export(
             model,
             inputs,
@@ -290,8 +295,8 @@ def _from_export(model: nn.Module, program: ExportedProgram, clock: Clock, point
     if batch:
         points.append(Point(point.batch + 1, point.ticks))
     if time:
-        # lengths that keep every congruence of the traced one with respect to small moduli
-        points += [Point(point.batch, point.ticks + 5040), Point(point.batch, point.ticks + 3 * 5040)]
+        _no_constants(placeholders, clock, symbols, point)
+        points += [Point(point.batch, point.ticks + CONGRUENT), Point(point.batch, point.ticks + 3 * CONGRUENT)]
     return Capture(
         graph=graph,
         constants=constants,
@@ -349,6 +354,33 @@ def _sizes(node: fx.Node) -> Iterator[torch.SymInt]:
         for size in value.shape if isinstance(value, torch.Tensor) else (value,):
             if isinstance(size, torch.SymInt) and isinstance(size.node.expr, sympy.Expr):
                 yield size
+
+
+def _no_constants(placeholders: list[fx.Node], clock: Clock, symbols: Any, point: Point) -> None:
+    """Raise if the trace took a size for a constant (``int(n)``): an equality that fails at longer clips.
+
+    Raises:
+        CaptureError: then another way of tracing, with the length fixed, is better.
+    """
+    node, axis = next(
+        (n, t) for n, t in zip(placeholders, clock.time_dims, strict=True) if t is not None and _open(n, t)
+    )
+    environment = node.meta["val"].shape[axis].node.shape_env
+    assumed = [g.expr for g in environment.guards]
+    assumed += [a.expr for asserts in environment.deferred_runtime_asserts.values() for a in asserts]
+    far = Point(point.batch, point.ticks + CONGRUENT)
+    for expr in assumed:
+        if isinstance(expr, sympy.Eq) and set(expr.free_symbols) <= set(symbols) and not _holds(expr, symbols, far):
+            raise CaptureError(f"the trace took a size for a constant: {expr}")
+
+
+def _open(node: fx.Node, axis: int) -> bool:
+    size = node.meta["val"].shape[axis]
+    return isinstance(size, torch.SymInt) and isinstance(size.node.expr, sympy.Symbol)
+
+
+def _holds(expr: Any, symbols: dict[sympy.Symbol, Callable[[Point], int]], point: Point) -> bool:
+    return bool(expr.xreplace({s: sympy.Integer(f(point)) for s, f in symbols.items()}) != sympy.false)
 
 
 def _symbols(placeholders: list[fx.Node], clock: Clock) -> dict[sympy.Symbol, Callable[[Point], int]]:

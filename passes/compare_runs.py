@@ -2,8 +2,8 @@
 
 A branch in Python on the clip's length leaves no mark in a trace. The trace tells at which lengths it can be relied on
 (`Capture.assumed`); elsewhere the model is run on fake tensors, which computes nothing, and what it calls is compared:
-every call of torch with the way through the code that led to it, and the numbers that it was given. Numbers that
-differ between the lengths of the trace follow the length as they should, and are left out.
+every call of torch with the way through the code that led to it, and the numbers that it was given. Numbers that grow
+with the length are left out.
 """
 
 from __future__ import annotations
@@ -24,16 +24,25 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
-from .capture import TRACING, Capture, Clock, as_for_inference, quiet
+from .capture import CONGRUENT, TRACING, Capture, Clock, as_for_inference, quiet
 from .errors import is_users, line_of
 from .symbolic_recurrence import symbolic_recurrence
 
 KEPT_RUNS = 64
 MORE_CALLS = 4  # a run with so many times the calls of the traced one is not seen to its end
-AHEAD = (1, 3, 10, 30, 100, 300, 1000)  # how far ahead a trace with open length is looked at, in steps of 5040 ticks
+AHEAD = (
+    1,
+    3,
+    10,
+    30,
+    100,
+    300,
+    1000,
+)  # how far ahead a trace with open length is looked at, in steps of `CONGRUENT` ticks
 AHEAD_FIXED = (2, 16, 512)  # one with a fixed length, in lengths of the trace: each is a run
 
 Place = tuple[Any, ...]
+Numbers = tuple[int | str, ...]
 Line = tuple[str, int, str]  # file, number, function
 
 
@@ -47,7 +56,7 @@ class Run:
         shapes: of the outputs.
     """
 
-    calls: dict[Place, dict[tuple[Any, ...], Line | None]] = field(default_factory=dict)
+    calls: dict[Place, dict[Numbers, Line | None]] = field(default_factory=dict)
     counts: Counter[Place] = field(default_factory=Counter)
     shapes: list[torch.Size] = field(default_factory=list)
 
@@ -133,42 +142,47 @@ class Runs:
             base = self.at(self.traced)
             if base is None:
                 return None
+            ahead = CONGRUENT if self.captured.symbolic_time else self.traced
+            far, farther = self.at(self.traced + ahead), self.at(self.traced + 3 * ahead)
             moving: set[Place] = set()
-            for ticks in self._like_traced():
-                other = self.at(ticks)
-                if other is not None:
-                    shared = base.calls.keys() & other.calls.keys()
-                    moving |= {p for p in shared if base.calls[p].keys() != other.calls[p].keys()}
-                    moving |= {p for p in shared if base.counts[p] != other.counts[p]}
+            if far is not None and farther is not None:
+                for place in base.calls.keys() & far.calls.keys() & farther.calls.keys():
+                    seen = [list(run.calls[place]) for run in (base, far, farther)]
+                    if seen[0] != seen[1] and _follow(*seen):
+                        moving.add(place)
             self._reference = base, moving
         return self._reference
 
-    def _like_traced(self) -> list[int]:
-        """A few other lengths at which the trace can be relied on."""
-        n = self.traced
-        known = [p.ticks for p in self.captured.points if p.ticks != n]
-        if not self.captured.symbolic_time:
-            return known or [2 * n]
-        near = [n + d for d in (1, 2, 4, 8, -1, -2, -4, -8)]
-        return [m for m in [*known, 2 * n, 3 * n, *near] if m > 0 and self.captured.assumed(m)][:3]
+    def limit(self) -> tuple[int, str | None] | None:
+        """The last length up to which the model does as it was traced, and the line at which it then does otherwise
+        (None: it cannot be run there).
 
-    def limit(self) -> tuple[int, str] | None:
-        """The last length up to which the model does as it was traced, and the line at which it then does otherwise."""
+        Only lengths that lie a multiple of some step beyond the traced one are looked at, so that a model that takes
+        none but even lengths, say, is not asked for others.
+        """
         base = self.traced
-        ahead = [base + 5040 * k for k in AHEAD] if self.captured.symbolic_time else [base * k for k in AHEAD_FIXED]
+        if self.captured.symbolic_time:
+            ahead = [base + CONGRUENT * k for k in AHEAD]
+        else:
+            ahead = [base * k for k in AHEAD_FIXED]
         good = base
         for far in ahead:
             if self._agrees(far):
                 good = far
                 continue
-            while far - good > 1:
-                middle = (good + far) // 2
-                good, far = (middle, far) if self._agrees(middle) else (good, middle)
-            return good, self.otherwise(far) or ""
+            step = next((d for d in (1, 2, 4, 8, 16, 32) if self._agrees(base + d)), base)
+            low, high = (good - base) // step, -((base - far) // step)
+            while high - low > 1:
+                middle = (low + high) // 2
+                low, high = (middle, high) if self._agrees(base + middle * step) else (low, middle)
+            return base + low * step, self.otherwise(base + high * step)
         return None
 
     def _agrees(self, ticks: int) -> bool:
-        return self.captured.assumed(ticks) or self.otherwise(ticks) is None
+        """Whether the model does at this length what it did where it was traced, as far as can be told."""
+        if self.captured.assumed(ticks) or self.at(self.traced) is None:
+            return True
+        return self.at(ticks) is not None and self.otherwise(ticks) is None
 
 
 def _missing(run: Run, other: Run, moving: set[Place] | None) -> Iterator[Line | None]:
@@ -198,12 +212,31 @@ class _Recorder(TorchFunctionMode):
         kwargs = kwargs or {}
         if getattr(func, "__name__", "") != "__get__":
             place, line = _place(sys._getframe(1))
-            numbers = tuple(x for x in pytree.tree_leaves((args, kwargs)) if not isinstance(x, torch.Tensor))
-            self.run.calls.setdefault((func, place), {})[tuple(map(str, numbers))] = line
+            self.run.calls.setdefault((func, place), {})[tuple(_numbers((args, kwargs)))] = line
             self.run.counts[(func, place)] += 1
             if self.most is not None and self.run.counts.total() > self.most:
                 raise _TooMany
         return func(*args, **kwargs)
+
+
+def _numbers(args: Any) -> Iterator[int | str]:
+    """What a call was given beside tensors."""
+    for x in pytree.tree_leaves(args):
+        if isinstance(x, slice):
+            yield from _numbers((x.start, x.stop, x.step))
+        elif not isinstance(x, torch.Tensor):
+            yield x if type(x) is int else str(x)
+
+
+def _follow(base: list[Numbers], far: list[Numbers], farther: list[Numbers]) -> bool:
+    """Whether numbers grow with the length: three times as much where that has grown three times as much."""
+    if not len(base) == len(far) == len(farther):
+        return False
+    triples = [t for calls in zip(base, far, farther, strict=True) for t in itertools.zip_longest(*calls)]
+    return all(
+        a == b == c or (isinstance(a, int) and isinstance(b, int) and isinstance(c, int) and c - a == 3 * (b - a))
+        for a, b, c in triples
+    )
 
 
 def _place(frame: FrameType | None) -> tuple[Place, Line | None]:

@@ -102,7 +102,17 @@ def einsum(call: Call) -> Fact:
     return call.framewise(Layout(tuple(dims[x] for x in result)))
 
 
-@rule(*overloads("dot.default inner.default outer.default bilinear.default"))
+@rule(*overloads("outer.default ger.default"))
+def outer(call: Call) -> Fact:
+    """Every entry of one vector times every entry of another: positions times frequencies."""
+    sides = [call.samples[0]["self"], call.samples[0]["vec2"]]
+    values = [call.facts[s] if isinstance(call.facts[s], Value) else None for s in sides]
+    dims = [v.layout[0] if v else call.static_layout(s)[0] for v, s in zip(values, sides, strict=True)]
+    call.require(sum(v is not None for v in values) == 1, "a product of every frame with every frame")
+    return call.framewise(Layout(tuple(dims)))
+
+
+@rule(*overloads("dot.default inner.default bilinear.default"))
 def bilinear(call: Call) -> Fact:
     """Bilinear layers: framewise if time is not the last dimension."""
     call.require("input1" in call.samples[0], "a product over the time axis")
