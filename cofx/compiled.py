@@ -7,11 +7,10 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils import _pytree as pytree
 
 from .inputs import InputSpec
-from .passes.capture import Point, as_for_inference
+from .passes.capture import Point
 from .passes.codegen.graph_module import FOREVER, Key, generate, state_specs
 from .passes.errors import user_frame
 from .passes.pipeline import Leaf, Plan, tensors
@@ -98,7 +97,7 @@ class Compiled:
         return parts, state
 
     def _within_tables(self, ticks: int) -> None:
-        """Raise before a table of positions runs out, and beyond the lengths for which the trace holds."""
+        """Raise before a table of positions runs out, or the model would do otherwise than where it was traced."""
         for op in self.tables:
             assert op.limit is not None
             if self.plan.schedule.count(op.outputs[0], ticks) > op.limit:
@@ -106,12 +105,12 @@ class Compiled:
                     f"the stream is longer than a table of the model: {op.name} has {op.limit} entries "
                     f"({user_frame(op.node) if op.node is not None else ''}); start a new one with clean_state()"
                 )
-        most = self.plan.capture.most
-        if most is not None and ticks > most and any(leaf.value and not leaf.clip for leaf in self.plan.outputs):
+        if self.plan.limit is not None and ticks > self.plan.limit[0]:
+            most, line = self.plan.limit
             raise InputError(
-                f"on more than {most} frames the model's forward does otherwise than on the example of "
-                f"{self.plan.capture.points[0].ticks}: compile it with a longer example, or start a new stream with "
-                "clean_state()"
+                f"on more than {most} frames the model does otherwise than on the example of "
+                f"{self.plan.capture.points[0].ticks}\n    at      {line or '(it cannot be run there)'}\n    try     "
+                "clean_state() begins a new stream; compile(..., equivalence='clip') recomputes whole clips"
             )
 
     def _piece(self, count: int, ticks: int) -> int:
@@ -190,35 +189,35 @@ class Compiled:
         return [p if leaf.value is not None else [] for p, leaf in zip(parts, self.plan.outputs, strict=True)]
 
     def _as_traced(self, ticks: int) -> None:
-        """Raise if the model, run offline on so many ticks, gives an output of another length than the stream does."""
-        capture = self.plan.capture
-        for leaf in self.plan.outputs:
-            if leaf.value is None or leaf.clip or not capture.symbolic_time:
-                continue
-            axis = leaf.value.layout.time
-            offline = capture.sample(leaf.node.meta["val"].shape[axis], Point(capture.points[0].batch, ticks))
-            streamed = self.plan.schedule.length(leaf.value, ticks)
-            if offline == streamed or max(offline, streamed) <= 0:
-                continue
-            shapes = self._offline_shapes(ticks)  # the trace's own algebra may have taken the example's branch
-            if shapes is None or shapes[self.plan.outputs.index(leaf)][axis] == streamed:
-                continue
+        """Raise if the model, run offline on so many ticks, does otherwise than where it was traced."""
+        capture, schedule = self.plan.capture, self.plan.schedule
+        streams = [
+            (i, leaf.node.meta["val"].shape[v.layout.time], v.layout.time, schedule.length(v, ticks))
+            for i, leaf in enumerate(self.plan.outputs)
+            if (v := leaf.value) is not None and not leaf.clip
+        ]
+        if not streams:
+            return
+        point = Point(capture.points[0].batch, ticks)
+        if capture.symbolic_time and capture.assumed(ticks):
+            pairs = [(capture.sample(size, point), streamed) for _, size, _, streamed in streams]
+            if all(offline == streamed or max(offline, streamed) <= 0 for offline, streamed in pairs):
+                return
+        hint = "compile(..., equivalence='clip') recomputes whole clips of the traced length"
+        line = self.plan.runs.otherwise(ticks)
+        if line is not None:
             raise InputError(
-                f"a stream of {ticks} frames cannot end here: the model's sizes follow the length in steps, and "
-                f"offline it gives {offline} frames where the stream has {streamed}"
+                f"a stream of {ticks} frames cannot end here: at this length the model does otherwise than at the "
+                f"traced {capture.points[0].ticks}\n    at      {line}\n    try     {hint}"
             )
-
-    def _offline_shapes(self, ticks: int) -> list[torch.Size] | None:
-        """The shapes of the model's outputs on so many ticks, from a run on fake tensors; None if that fails."""
-        try:
-            with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad(), as_for_inference(self.model):
-                inputs = [
-                    torch.empty(s, dtype=d, device=self.spec.device)
-                    for s, d in zip(self.spec.sizes(ticks), self.spec.dtypes, strict=True)
-                ]
-                return [x.shape for x in pytree.tree_leaves(self.model(*inputs))]
-        except Exception:
-            return None
+        run = self.plan.runs.at(ticks)
+        for i, _, axis, streamed in streams:
+            offline = run.shapes[i][axis] if run is not None else streamed
+            if offline != streamed and max(offline, streamed) > 0:
+                raise InputError(
+                    f"a stream of {ticks} frames cannot end here: the model's sizes follow the length in steps, and "
+                    f"offline it gives {offline} frames where the stream has {streamed}\n    try     {hint}"
+                )
 
     def join(self, parts: list[list[torch.Tensor]]) -> list[torch.Tensor | None]:
         """The frames of each output leaf in one tensor."""

@@ -68,13 +68,14 @@ def report(compiled: Compiled) -> Report:
     ended = [
         n for n, f in plan.facts.of.items() if isinstance(f, InClip) and n in repeated and _first(n, plan.facts.of)
     ]
+    branch = (f"what is computed depends on the clip's length: {plan.branch}",) if plan.branch else ()
     return Report(
         macs_per_step=step / period,
         macs_per_clip=total,
         clip_frames=ticks,
         streamed=1.0 if total == 0 else 1 - sum(nodes.get(n, 0) for n in repeated) / total,
         state_bytes=sum(t.numel() * t.element_size() for t in state.tensors or ()),
-        recomputed=tuple(f"{plan.facts.of[n].reason}: {user_frame(n)}" for n in ended),
+        recomputed=tuple(f"{plan.facts.of[n].reason}: {user_frame(n)}" for n in ended) + branch,
     )
 
 

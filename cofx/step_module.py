@@ -406,6 +406,22 @@ class StepModule(nn.Module):
             other = put_lanes(running, other, lanes)
         self._state, self._lanes = StreamState(), other
 
+    def __getstate__(self) -> dict[str, Any]:
+        """What `pickle` and `copy.deepcopy` take: the model, how it was compiled, and a snapshot of the stream."""
+        compiled = self._compiled
+        clock = None if compiled is None else (compiled.plan.clock, compiled.batch)
+        return {**self.__dict__, "_compiled": clock, "_state": self.get_state()}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Trace the model again and go on where the stream was."""
+        state = dict(state)
+        traced, stream = state.pop("_compiled"), state.pop("_state")
+        super().__setstate__({**state, "_compiled": None, "_state": StreamState()})  # type: ignore[no-untyped-call]
+        if traced is not None:
+            clock, batch = traced
+            self._compiled = Compiled(self.model, self._plan(self._example, clock, self._ticks, batch), batch)
+            self.set_state(stream)
+
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
         """The model's own: its checkpoints load into either."""
         return self.model.state_dict(*args, **kwargs)

@@ -40,7 +40,7 @@ TIME_LIMIT = 300.0  # seconds that one way of tracing may take
 # Longer sample points differ from the traced length by this, so that they are alike modulo any product of strides that
 # one meets: powers of two, and hops such as 300, 320 or 441 frames.
 CONGRUENT = 2**12 * 3**2 * 5**2 * 7**2
-_TRACING = threading.RLock()  # torch.export keeps global state: one trace at a time
+TRACING = threading.RLock()  # torch.export keeps global state: one trace at a time
 
 
 @dataclass(frozen=True)
@@ -62,9 +62,8 @@ class Capture:
         out_spec: the structure of the model's output.
         points: where sizes are known; the first is the trace's own.
         sample: a size, number or shape found in the graph (int, SymInt, ...) as it is at a point.
-        most: ticks beyond which the model does otherwise than the trace, if there is such a length.
         assumed: whether all that the trace took for certain (branches on sizes, numbers that did not move between the
-            points) also holds at so many ticks. False where only one length was seen.
+            points) also holds at so many ticks. With a fixed length: whether it was traced there.
     """
 
     graph: fx.Graph
@@ -76,7 +75,6 @@ class Capture:
     symbolic_batch: bool
     symbolic_time: bool
     assumed: Callable[[int], bool]
-    most: int | None = None
 
 
 @dataclass(frozen=True)
@@ -120,7 +118,7 @@ def capture(model: nn.Module, example: Sequence[torch.Tensor], clock: Clock, tic
         CaptureError: no way of tracing succeeded.
     """
     causes: dict[str, str] = {}  # by the line that raised
-    with _TRACING, as_for_inference(model), quiet():
+    with TRACING, as_for_inference(model), quiet():
         ways = [(_export_open, max(2, batch)), (_export_open, batch), (_export_open_batch, max(2, batch)),
                 (_export_fixed, batch), (_export_recorded, max(2, batch))]  # fmt: skip
         for way, lanes in dict.fromkeys(ways):
@@ -300,9 +298,8 @@ def _from_export(model: nn.Module, program: ExportedProgram, clock: Clock, point
     points = [point]
     if batch:
         points.append(Point(point.batch + 1, point.ticks))
-    most = None
     if time:
-        most = _most_ticks(placeholders, clock, symbols, point)
+        _no_constants(placeholders, clock, symbols, point)
         points += [Point(point.batch, point.ticks + CONGRUENT), Point(point.batch, point.ticks + 3 * CONGRUENT)]
     return Capture(
         graph=graph,
@@ -313,8 +310,9 @@ def _from_export(model: nn.Module, program: ExportedProgram, clock: Clock, point
         sample=Sampler(symbols),
         symbolic_batch=batch,
         symbolic_time=time,
-        most=most,
-        assumed=Assumptions(program, symbols, points) if time and not recorded else points[0].ticks.__eq__,
+        assumed=Assumptions(program, symbols, points)
+        if time and not recorded
+        else lambda ticks: ticks in {p.ticks for p in points},
     )
 
 
@@ -331,7 +329,7 @@ class Assumptions:
         for symbol, allowed in program.range_constraints.items():
             if symbol in symbols:
                 for op, limit in ((">=", allowed.lower), ("<=", allowed.upper)):
-                    if limit.is_finite and not (op == ">=" and limit <= 2):  # torch keeps 0 and 1 apart by itself
+                    if isinstance(limit, sympy.Integer) and not (op == ">=" and limit <= 2):  # torch knows no 0 and 1
                         lines[f"{symbol} {op} {limit}"] = True
         for node in program.graph.nodes:
             if "assert" in str(node.target):
@@ -362,11 +360,11 @@ def _sizes(node: fx.Node) -> Iterator[torch.SymInt]:
                 yield size
 
 
-def _most_ticks(placeholders: list[fx.Node], clock: Clock, symbols: Any, point: Point) -> int | None:
-    """The longest clip for which the trace holds, or None: what it assumed of its sizes, tried at longer clips.
+def _no_constants(placeholders: list[fx.Node], clock: Clock, symbols: Any, point: Point) -> None:
+    """Raise if the trace took a size for a constant (``int(n)``): an equality that fails at longer clips.
 
     Raises:
-        CaptureError: an equality fails at a longer clip: a number was made of a size (``int(n)``), which fixes it.
+        CaptureError: then another way of tracing, with the length fixed, is better.
     """
     node, axis = next(
         (n, t) for n, t in zip(placeholders, clock.time_dims, strict=True) if t is not None and _open(n, t)
@@ -374,17 +372,10 @@ def _most_ticks(placeholders: list[fx.Node], clock: Clock, symbols: Any, point: 
     environment = node.meta["val"].shape[axis].node.shape_env
     assumed = [g.expr for g in environment.guards]
     assumed += [a.expr for asserts in environment.deferred_runtime_asserts.values() for a in asserts]
+    far = Point(point.batch, point.ticks + CONGRUENT)
     for expr in assumed:
-        far = Point(point.batch, point.ticks + CONGRUENT)
         if isinstance(expr, sympy.Eq) and set(expr.free_symbols) <= set(symbols) and not _holds(expr, symbols, far):
             raise CaptureError(f"the trace took a size for a constant: {expr}")
-    bounds = []
-    for n, t, k in zip(placeholders, clock.time_dims, clock.frames, strict=True):
-        if t is not None and _open(n, t):
-            upper = environment.var_to_range[n.meta["val"].shape[t].node.expr].upper
-            if isinstance(upper, sympy.Integer) and upper < CONGRUENT:
-                bounds.append(int(upper) // k)
-    return min(bounds, default=None)
 
 
 def _open(node: fx.Node, axis: int) -> bool:

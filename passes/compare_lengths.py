@@ -15,7 +15,9 @@ from .capture import Capture
 from .errors import CaptureError
 
 
-def compare_lengths(graph: fx.Graph, captured: Capture, again: Callable[[int], tuple[Capture, fx.Graph]]) -> bool:
+def compare_lengths(
+    graph: fx.Graph, captured: Capture, again: Callable[[int], tuple[Capture, fx.Graph]]
+) -> bool | None:
     """Add the sizes at twice the length as another sample point, if the model can be traced there in the same form.
 
     Args:
@@ -23,12 +25,12 @@ def compare_lengths(graph: fx.Graph, captured: Capture, again: Callable[[int], t
         again: traces the model at so many ticks, and gives its canonical graph.
 
     Returns:
-        whether it could.
+        False if the model has another form at that length, None if it cannot be traced there.
     """
     try:
         other, twin = again(2 * captured.points[0].ticks)
     except CaptureError:
-        return False
+        return None
     pairs = list(zip(graph.nodes, twin.nodes, strict=False))
     back = {b: a for a, b in pairs}
     if len(graph.nodes) != len(twin.nodes) or not all(_same_form(a, b, back) for a, b in pairs):
@@ -39,34 +41,6 @@ def compare_lengths(graph: fx.Graph, captured: Capture, again: Callable[[int], t
             a.meta["samples"].append(map_arg(b.meta["samples"][0], lambda n: back[n]))
             a.meta["sizes"].append(b.meta["sizes"][0])
     return True
-
-
-def holds_beyond(graph: fx.Graph, captured: Capture, again: Callable[[int], tuple[Capture, fx.Graph]]) -> bool:
-    """Whether the model does on clips longer than ``captured.most`` what it did in this trace.
-
-    A bound may be the model's own (``if n < 100``, a table that ends), or only torch's, of a formula for a shape.
-    """
-    ticks = captured.points[0].ticks
-    try:
-        _, twin = again(ticks * ((captured.most or 0) // ticks + 1))
-    except CaptureError:
-        return False
-    pairs = list(zip(graph.nodes, twin.nodes, strict=False))
-    back = {b: a for a, b in pairs}
-    return len(graph.nodes) == len(twin.nodes) and all(
-        _same_form(a, b, back) and _same_numbers(a, b, back) for a, b in pairs
-    )
-
-
-def _same_numbers(a: fx.Node, b: fx.Node, back: dict[fx.Node, fx.Node]) -> bool:
-    """Whether the arguments that are the same at all sample points of `a` are those of `b` too."""
-    if a.op != "call_function":
-        return True
-    given = map_arg(b.meta["samples"][0], lambda n: back[n])
-    return all(
-        len({str(s.get(name)) for s in a.meta["samples"]}) > 1 or str(a.meta["samples"][0].get(name)) == str(value)
-        for name, value in given.items()
-    )
 
 
 def _same_form(a: fx.Node, b: fx.Node, back: dict[fx.Node, fx.Node]) -> bool:

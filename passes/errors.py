@@ -53,9 +53,10 @@ class Refusal:
     reason: str
     node: fx.Node
     hint: str
+    at: str | None = None  # the user's line, if not the node's
 
     def __str__(self) -> str:
-        path, line = user_frame(self.node), module_path(self.node)
+        path, line = self.at or user_frame(self.node), module_path(self.node)
         return "\n".join(
             (
                 self.reason,
@@ -108,21 +109,21 @@ def user_frame(node: fx.Node) -> str:
     if not own:
         return "(unknown line)"
     file, line, function = own[-1]
-    return _line(file, int(line), function)
+    return line_of(file, int(line), function)
 
 
-def _line(file: str, line: int, function: str) -> str:
+def line_of(file: str, line: int, function: str) -> str:
     code = linecache.getline(file, line).strip()
     return f"{os.path.relpath(file) if file.startswith(os.getcwd()) else file}:{line} in {function}:  {code}"
 
 
 def raised_at(error: BaseException) -> str | None:
     """The innermost line of the user's own code that led to an exception, or None."""
-    frames = [f for f in traceback.extract_tb(error.__traceback__) if _is_users(f.filename)]
-    return _line(frames[-1].filename, frames[-1].lineno or 0, frames[-1].name) if frames else None
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if is_users(f.filename)]
+    return line_of(frames[-1].filename, frames[-1].lineno or 0, frames[-1].name) if frames else None
 
 
-def _is_users(file: str) -> bool:
+def is_users(file: str) -> bool:
     return not file.startswith(_LIBRARIES) and (not file.startswith(_STANDARD) or "site-packages" in file)
 
 

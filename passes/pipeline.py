@@ -21,7 +21,8 @@ from .build_clips import build_clips
 from .canonicalize import canonicalize
 from .capture import Capture, Clock, capture
 from .codegen.graph_module import Constants
-from .compare_lengths import compare_lengths, holds_beyond
+from .compare_lengths import compare_lengths
+from .compare_runs import Runs
 from .errors import NonLocalError, Refusal, RefusedError
 from .propagate_facts import Facts, propagate_facts
 from .registry import Call, InClip
@@ -113,6 +114,11 @@ class Plan:
     constants: Constants
     clock: Clock
     capture: Capture
+    runs: Runs
+    limit: (
+        tuple[int, str | None] | None
+    )  # the last tick up to which the model does as it was traced, and where it ceases to
+    branch: str | None  # a line that does otherwise at other lengths, for which whole clips are recomputed
     timings: dict[Value, Timing] = field(default_factory=dict)
 
     def about(self, value: Value | None) -> Timing | None:
@@ -166,13 +172,19 @@ def compile_plan(
         other = capture(model, example, clock, longer, batch)
         return other, _understand(model, other, clock, context)[0]
 
-    if not captured.symbolic_time:
-        if compare_lengths(graph, captured, again):
-            facts = propagate_facts(graph, captured, clock, constants, context)
-    elif captured.most is not None and holds_beyond(graph, captured, again):
-        captured.most = None
+    alike = captured.symbolic_time or compare_lengths(graph, captured, again)
+    if alike and not captured.symbolic_time:
+        facts = propagate_facts(graph, captured, clock, constants, context)
     leaves = list(pytree.tree_leaves(graph.output_node().args[0]))
     values = _values(facts, leaves, equivalence, newest)
+    runs = Runs(model, captured, clock, example)
+    words = {_word(v) for v in values if v is not None}
+    limit = runs.limit() if words & {"stream", "prefix"} else None
+    branch = _branch(captured, runs, values, alike, limit)
+    if branch is not None:  # every clip has the traced length
+        _may_be_clips(leaves[0], branch, equivalence)
+        facts = propagate_facts(graph, captured, clock, constants, context)
+        values = _values(facts, leaves, "clip", newest)
     _check(facts, leaves, values, equivalence)
     schedule = schedule_delays(facts.streams, values)
     nodes = [n for n in graph.nodes if n.op == "placeholder"]
@@ -187,7 +199,46 @@ def compile_plan(
         constants=constants,
         clock=clock,
         capture=captured,
+        runs=runs,
+        limit=limit if branch is None else None,
+        branch=branch,
     )
+
+
+def _word(value: Value) -> str:
+    clip = clip_of(value)
+    return clip.equivalence if clip else "stream"
+
+
+def _branch(
+    captured: Capture, runs: Runs, values: list[Value | None], alike: bool | None, limit: tuple[int, str | None] | None
+) -> str | None:
+    """A line at which the model does otherwise at lengths that a stream of it has, so that there is no such stream.
+
+    A stream that could not come to twice the clip's length is none. It has one length only: where it ends the model is
+    asked again. A prefix has each length in turn.
+    """
+    words = {_word(v) for v in values if v is not None}
+    length = captured.points[0].ticks
+    if alike is False and words & {"stream", "prefix"}:
+        return runs.otherwise(2 * length) or "(unknown line)"
+    if limit is not None and limit[0] < 2 * length and limit[1] is not None:
+        return limit[1]
+    if "prefix" in words:
+        first = min(c.first for v in values if (c := clip_of(v)) is not None and c.equivalence == "prefix")
+        shorter = range(first, length) if captured.symbolic_time else {first, (first + length) // 2, length - 1}
+        for ticks in shorter:
+            if not captured.assumed(ticks) and (line := runs.otherwise(ticks)) is not None:
+                return line
+    return None
+
+
+def _may_be_clips(leaf: fx.Node, branch: str, equivalence: str | None) -> None:
+    """Raise unless whole clips are what was asked for, or nothing was."""
+    if equivalence in (None, "clip"):
+        return
+    reason = "what the model computes depends on the clip's length"
+    raise RefusedError([Refusal(reason, leaf, "leave equivalence=None to have whole clips recomputed", branch)])
 
 
 def _understand(
