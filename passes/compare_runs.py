@@ -54,11 +54,13 @@ class Run:
         calls: the numbers that torch was called with, by place; each with the user's line.
         counts: how many calls there were, by place.
         shapes: of the outputs.
+        cut: it was not seen to its end, for a loop that grows with the length.
     """
 
     calls: dict[Place, dict[Numbers, Line | None]] = field(default_factory=dict)
     counts: Counter[Place] = field(default_factory=Counter)
     shapes: list[torch.Size] = field(default_factory=list)
+    cut: bool = False
 
 
 @contextlib.contextmanager
@@ -109,6 +111,7 @@ class Runs:
                 with _Recorder(run, most):
                     outputs = self.model(*inputs)
         except _TooMany:
+            run.cut = True
             return run
         except Exception:
             return None
@@ -131,9 +134,12 @@ class Runs:
         if reference is None or run is None:
             return None
         base, moving = reference
+        if run.cut:
+            grown = [p for p, n in run.counts.items() if n > base.counts[p] and p not in moving]
+            return _told(next(iter(run.calls[grown[0]].values()))) if grown else None
         for line in itertools.chain(_missing(run, base, None), _missing(base, run, None),
                                     _missing(run, base, moving), _missing(base, run, moving)):  # fmt: skip
-            return line_of(*line) if line is not None else "(unknown line)"
+            return _told(line)
         return None
 
     def _traced(self) -> tuple[Run, set[Place]] | None:
@@ -147,8 +153,10 @@ class Runs:
             moving: set[Place] = set()
             if far is not None and farther is not None:
                 for place in base.calls.keys() & far.calls.keys() & farther.calls.keys():
-                    seen = [list(run.calls[place]) for run in (base, far, farther)]
-                    if seen[0] != seen[1] and _follow(*seen):
+                    runs = (base, far, farther)
+                    seen, (a, b, c) = [list(run.calls[place]) for run in runs], [run.counts[place] for run in runs]
+                    looped = b != a and c - a == 3 * (b - a)
+                    if looped or (a == b == c and seen[0] != seen[1] and _follow(*seen)):
                         moving.add(place)
             self._reference = base, moving
         return self._reference
@@ -217,6 +225,10 @@ class _Recorder(TorchFunctionMode):
             if self.most is not None and self.run.counts.total() > self.most:
                 raise _TooMany
         return func(*args, **kwargs)
+
+
+def _told(line: Line | None) -> str:
+    return line_of(*line) if line is not None else "(unknown line)"
 
 
 def _numbers(args: Any) -> Iterator[int | str]:
