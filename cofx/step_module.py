@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
+import os
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,12 +16,14 @@ from torch import nn
 
 from .compiled import Compiled
 from .inputs import make_clock
+from .lanes import POSITION, Lanes, lanes_of
 from .passes.capture import Clock
 from .passes.codegen.graph_module import Key
 from .passes.errors import CaptureError
 from .passes.pipeline import Leaf, Plan, compile_plan
 from .report import Report, report
-from .runtime.errors import InputError
+from .runtime.errors import InputError, StateError
+from .runtime.lane_state import LaneState, lane_indices, put_lanes, take_lanes
 from .runtime.state import StreamState, restore, snapshot
 from .verification import Verification, verify
 
@@ -124,7 +127,9 @@ class StepModule(nn.Module):
         self._clip_length, self._equivalence, self._newest = clip_length, equivalence, window_output == "last"
         self._call_mode: str | None = None
         self._state = StreamState()
+        self._lanes: LaneState | None = None  # in place of the state, once lanes go each by itself
         self._compiled: Compiled | None = None
+        self._lane_programs: Lanes | None = None
         self._example: tuple[torch.Tensor, ...] = ()
         self._ticks = 0
         self._held: tuple[torch.Tensor, ...] = ()  # the last call's inputs without time, for `flush`
@@ -169,7 +174,7 @@ class StepModule(nn.Module):
         self._example = tuple(x.detach() for x in example)
         self._ticks = ticks
         self._compiled = Compiled(self.model, plan, batch)
-        self._state = StreamState()
+        self._state, self._lanes, self._lane_programs = StreamState(), None, None
 
     def _plan(self, example: Sequence[torch.Tensor], clock: Clock, ticks: int, batch: int) -> Plan:
         return compile_plan(self.model, example, clock, ticks, batch, self._equivalence, self._newest)
@@ -197,7 +202,13 @@ class StepModule(nn.Module):
             self._trace(example, clock, self._clip_length or ticks, given=False)
         compiled = self.compiled
         batch = compiled.spec.batch_of(inputs, frames)
-        if not compiled.open_batch and batch is not None and batch != compiled.batch and self._state.tensors is None:
+        if (
+            not compiled.open_batch
+            and batch is not None
+            and batch != compiled.batch
+            and self._state.tensors is None
+            and self._lanes is None
+        ):
             plan = self._plan(self._example, compiled.plan.clock, self._ticks, batch)
             compiled = self._compiled = Compiled(self.model, plan, batch)
         return compiled
@@ -215,13 +226,29 @@ class StepModule(nn.Module):
             self.trace(*inputs)
         return self.model(*inputs, **kwargs)
 
-    def forward_step(self, *frames: torch.Tensor, update_state: bool = True) -> Any:
+    def forward_step(
+        self, *frames: torch.Tensor, update_state: bool = True, start: Any = None, ready: Any = None, length: Any = None
+    ) -> Any:
         """Take one frame of each input (without time axis).
+
+        Args:
+            frames: one of each input.
+            update_state: False leaves the stream where it is.
+            start: for each lane (entry of the batch) whether it begins a new stream with this call.
+            ready: for each lane whether it takes part; one that does not is left as it is, whatever it is given.
+            length: for each lane the number of frames of its stream once that is known, else negative. It is remembered
+                until the next `start`; frames past it are ignored, and further calls give what is still due.
 
         Returns:
             the output frame that is due, or None. An output of which several frames can be due at once keeps its time
             axis. Several outputs come in the model's own structure, with None where nothing is due.
+
+            With `start`, `ready` or `length` given, ``(y, valid)``: `valid` has the structure of `y` and tells for each
+            lane, shape (batch,) or (batch, frames) for an output with time axis, whether `y` holds a frame.
         """
+        if not (start is None and ready is None and length is None):
+            return self._lane_call(frames, True, update_state, start=start, ready=ready, length=length)
+        self._no_lanes()
         compiled = self._ready(frames, frames=True)
         compiled.spec.check(frames, 1, self._state.batch, frames=True)
         parts, state = compiled.advance(self._state, frames, 1, None, frames=True)
@@ -230,17 +257,32 @@ class StepModule(nn.Module):
             self._state, self._held = state, compiled.spec.untimed(frames)
         return out
 
-    def forward_steps(self, *chunks: torch.Tensor, pad_end: bool = False, update_state: bool = True) -> Any:
+    def forward_steps(
+        self,
+        *chunks: torch.Tensor,
+        pad_end: bool = False,
+        update_state: bool = True,
+        start: Any = None,
+        ready: Any = None,
+        length: Any = None,
+    ) -> Any:
         """Take any number of frames.
 
         Args:
             chunks: for each input some frames, with time axis.
             pad_end: also return what would be due if the stream ended here; this leaves no trace in the state.
             update_state: False leaves the stream where it is.
+            start, ready, length: one for each lane, see `forward_step`; then the number of frames must be a multiple of
+                the model's period.
 
         Returns:
-            the outputs that are due, with time axis, or None.
+            the outputs that are due, with time axis, or None; with `start`, `ready` or `length`, ``(y, valid)``.
         """
+        if not (start is None and ready is None and length is None):
+            if pad_end:
+                raise InputError("pad_end ends all streams of a batch at once; give the lanes' length instead")
+            return self._lane_call(chunks, False, update_state, start=start, ready=ready, length=length)
+        self._no_lanes()
         compiled = self._ready(chunks, frames=False)
         ticks = compiled.spec.ticks(chunks)
         compiled.spec.check(chunks, ticks, self._state.batch, frames=False)
@@ -255,31 +297,114 @@ class StepModule(nn.Module):
 
     def flush(self) -> Any:
         """The stream has ended: what is still due, with time axis, or None. The state stays as it is."""
+        self._no_lanes()
         if self._compiled is None or self._state.count == 0 or self._state.tensors is None:
             return None
         compiled = self.compiled
         templates = compiled.spec.blank(self._state.batch, self._held)
         return compiled.pack(compiled.join(compiled.flush(self._state, templates)), stacked=True)
 
+    # -- lanes -------------------------------------------------------------------------------------------------------
+
+    def _lane_call(self, inputs: tuple[torch.Tensor, ...], frames: bool, update_state: bool, **controls: Any) -> Any:
+        """A call in which every lane stands where it stands."""
+        compiled = self._ready(inputs, frames)
+        lanes = self._lanes
+        batch = lanes.lanes if lanes is not None else self._state.batch
+        compiled.spec.check(inputs, 1 if frames else compiled.spec.ticks(inputs), batch, frames)
+        if lanes is None:
+            fresh = self._state.tensors is None
+            programs = self._programs()
+            count = lanes_of(compiled, inputs, frames)
+            lanes = programs.fresh(count) if fresh else programs.from_stream(self._state)
+        y, valid, after = self._programs().call(lanes, inputs, frames, controls)
+        if update_state:
+            self._state, self._lanes = StreamState(), after
+        return y, valid
+
+    def _programs(self) -> Lanes:
+        """The lane programs of the compiled model."""
+        compiled = self.compiled
+        if self._lane_programs is None or self._lane_programs.source is not compiled:
+            plan = compiled.plan
+            if not plan.capture.symbolic_batch and plan.clock.batch(self._example) != 1:
+                alone = self._plan(self._example, plan.clock, self._ticks, 1)  # every lane as a batch of its own
+                self._lane_programs = Lanes(compiled, Compiled(self.model, alone, 1))
+            else:
+                self._lane_programs = Lanes(compiled, compiled)
+        return self._lane_programs
+
+    def _no_lanes(self) -> None:
+        if self._lanes is not None:
+            raise InputError(
+                "the lanes of this batch go each by itself, so that frames may be valid for some of them only: give "
+                "start, ready or length (ready=[True, ...] takes them all; length ends a lane), or clean_state()"
+            )
+
+    def _as_lanes(self) -> LaneState | None:
+        """The lanes, or the running batch of streams as lanes; None before the first call."""
+        if self._lanes is None and self._state.tensors is not None:
+            return self._programs().from_stream(self._state)
+        return self._lanes
+
     # -- state -------------------------------------------------------------------------------------------------------
 
-    def clean_state(self) -> None:
-        """Start a new stream; its batch size may be another. Parameters that have changed are taken up."""
-        self._state = StreamState()
+    def clean_state(self, lanes: Any = None) -> None:
+        """Start a new stream; its batch size may be another. Parameters that have changed are taken up.
+
+        Args:
+            lanes: only these (indices, or a bool for each): each begins anew, the others go on.
+        """
+        if lanes is not None:
+            running = self._as_lanes()
+            if running is not None:
+                blank = self._programs().fresh(lane_indices(lanes, running.lanes).numel())
+                self._state, self._lanes = StreamState(), put_lanes(running, blank, lanes)
+            return
+        self._state, self._lanes = StreamState(), None
         if self._compiled is not None:
             self._compiled.renew()
+            self._lane_programs = None
 
-    def get_state(self) -> dict[str, torch.Tensor]:
-        """A snapshot of the stream: a flat dict of named tensors, nothing shared."""
-        return snapshot(self._state, self._compiled.specs_after(self._state.count) if self._compiled else ())
+    def get_state(self, lanes: Any = None) -> dict[str, torch.Tensor]:
+        """A snapshot of the stream: a flat dict of named tensors, nothing shared.
 
-    def set_state(self, state: Mapping[str, torch.Tensor]) -> None:
+        Args:
+            lanes: only these (indices, or a bool for each), in this order. Tensors then have lanes first, as all
+                snapshots have once lanes go each by itself.
+        """
+        if lanes is None and self._lanes is None:
+            return snapshot(self._state, self._compiled.specs_after(self._state.count) if self._compiled else ())
+        running = self._as_lanes()
+        if running is None:
+            raise InputError("there are no lanes before the first call")
+        return take_lanes(running, self._programs().specs, lanes)
+
+    def set_state(self, state: Mapping[str, torch.Tensor], lanes: Any = None) -> None:
         """Go on from a snapshot.
+
+        Args:
+            state: as `get_state` gave it.
+            lanes: put its lanes in the place of these (indices, or a bool for each); the others go on.
 
         Raises:
             StateError: it belongs to another model; nothing has changed.
         """
-        self._state = restore(dict(state), self.compiled.specs_after, self.compiled.spec.device)
+        if POSITION not in state and lanes is None:
+            restored = restore(dict(state), self.compiled.specs_after, self.compiled.spec.device)
+            self._state, self._lanes = restored, None
+            return
+        if POSITION in state:
+            other = self._programs().restore(dict(state))
+        else:
+            stream = restore(dict(state), self.compiled.specs_after, self.compiled.spec.device)
+            other = self._programs().from_stream(stream)
+        if lanes is not None:
+            running = self._as_lanes()
+            if running is None:
+                raise StateError("there are no lanes yet: set_state(state) without lanes, or make a first call")
+            other = put_lanes(running, other, lanes)
+        self._state, self._lanes = StreamState(), other
 
     def __getstate__(self) -> dict[str, Any]:
         """What `pickle` and `copy.deepcopy` take: the model, how it was compiled, and a snapshot of the stream."""
@@ -314,6 +439,51 @@ class StepModule(nn.Module):
         self._ready(inputs, frames=False)
         self.compiled.spec.check(inputs, self.compiled.spec.ticks(inputs), None, frames=False)
         return verify(self.model, self.compiled, inputs)
+
+    def to_onnx(
+        self,
+        path: str | os.PathLike[str],
+        frames_per_step: int | None = None,
+        dynamic_batch: bool = True,
+        opset: int | None = None,
+        controls: bool = True,
+    ) -> None:
+        """Write the step model as an ONNX file that is right from the first frame in any runtime.
+
+        The graph takes the model's inputs, batch first, with a time axis; states of zeros to begin with, later those
+        that it gave; and for each lane (batch, 1): `start` (bool), `ready` (bool) and `length` (int64), as
+        `forward_step` does. It gives the model's outputs, ``<name>_valid`` (bool; batch, frames), and the states.
+        ``metadata_props["cofx"]`` describes all of it in JSON. `cofx.runtime.onnx_step.OnnxStep` runs it.
+
+        Args:
+            path: of the file.
+            frames_per_step: frames of the slowest input per call, a multiple of the model's period; default one period.
+            dynamic_batch: the batch size is left open; else it is one.
+            opset: version of the operator set, 18 (the default) or later.
+            controls: False leaves out start, ready and length, for the barest graph: all lanes begin with states of
+                zeros, and none ends.
+
+        Raises:
+            OnnxError: an op has no ONNX form; the message names it. No file is left behind.
+            InputError: `frames_per_step` is no multiple of the period.
+        """
+        from .passes.codegen.onnx import OPSET, export_onnx
+
+        programs = self._programs()
+        period = programs.schedule.period
+        if frames_per_step is not None and (frames_per_step < 1 or frames_per_step % period):
+            raise InputError(f"frames_per_step is a multiple of {period}, the model's period, not {frames_per_step}")
+        if opset is not None and opset < OPSET:
+            raise InputError(f"opset {opset}: {OPSET} is the least")
+        export_onnx(
+            programs.plan,
+            path,
+            programs.about(),
+            ticks=frames_per_step,
+            dynamic_batch=dynamic_batch,
+            opset=opset,
+            controls=controls,
+        )
 
     def report(self) -> Report:
         """Multiply-adds per step and per clip, the share that is streamed, bytes of state, and what is recomputed."""

@@ -1,6 +1,6 @@
 """Pass 1: trace the module into one ATen graph, with as little of its shapes fixed as it allows.
 
-Ways of tracing are tried in turn (`_WAYS`); the first that succeeds is taken. The result is a `Capture`: a graph
+Ways of tracing are tried in turn; the first that succeeds is taken. The result is a `Capture`: a graph
 whose parameters are ``get_attr`` nodes of the user's own module, a way of telling what each of its sizes is at other
 batch sizes and lengths, and another of telling whether what the trace took for certain holds there.
 """
@@ -112,17 +112,25 @@ def _tile(x: torch.Tensor, axis: int | None, size: int) -> torch.Tensor:
 def capture(model: nn.Module, example: Sequence[torch.Tensor], clock: Clock, ticks: int, batch: int) -> Capture:
     """Trace `model` at `ticks` and at least 2 lanes, with batch and time left open where the model allows it.
 
+    A model that does not leave its batch size open is traced at `batch` itself.
+
     Raises:
         CaptureError: no way of tracing succeeded.
     """
     causes: dict[str, str] = {}  # by the line that raised
     with TRACING, as_for_inference(model), quiet():
-        for way, lanes in _WAYS:
-            point = Point(max(lanes, batch), ticks)
+        ways = [(_export_open, max(2, batch)), (_export_open, batch), (_export_open_batch, max(2, batch)),
+                (_export_fixed, batch), (_export_recorded, max(2, batch))]  # fmt: skip
+        for way, lanes in dict.fromkeys(ways):
+            point = Point(lanes, ticks)
             try:
                 with time_limit(TIME_LIMIT):
-                    program = way(model, clock.resized(example, point), clock)
-                    return _from_export(model, program, clock, point, recorded=way is _export_recorded)
+                    inputs = clock.resized(example, point)
+                    program = way(model, inputs, clock)
+                    found = _from_export(model, program, clock, point, recorded=way is _export_recorded)
+                if found.symbolic_batch or clock.batch(inputs) == batch:
+                    return found
+                raise CaptureError("the model fixes the batch size")
             except Exception as error:
                 where = raised_at(error)
                 told = _told(error, where)
@@ -220,10 +228,6 @@ def _export_recorded(model: nn.Module, inputs: tuple[torch.Tensor, ...], clock: 
     return _export(recorded, inputs, dims)
 
 
-# each with the least number of lanes that it takes
-_WAYS = ((_export_open, 2), (_export_open_batch, 2), (_export_fixed, 1), (_export_recorded, 2))
-
-
 def needs_functionalization(graph: fx.Graph) -> bool:
     """Whether something is written in place to a tensor that is seen elsewhere too.
 
@@ -288,7 +292,7 @@ def _from_export(model: nn.Module, program: ExportedProgram, clock: Clock, point
         axis
         for n, t, b in zip(placeholders, clock.time_dims, clock.batch_dims, strict=True)
         for axis, d in (("time", t), ("batch", b))
-        if d is not None and isinstance(n.meta["val"].shape[d], torch.SymInt)
+        if d is not None and _varies(n.meta["val"].shape[d])
     }
     time, batch = "time" in free, "batch" in free
     points = [point]
@@ -377,6 +381,14 @@ def _no_constants(placeholders: list[fx.Node], clock: Clock, symbols: Any, point
 def _open(node: fx.Node, axis: int) -> bool:
     size = node.meta["val"].shape[axis]
     return isinstance(size, torch.SymInt) and isinstance(size.node.expr, sympy.Symbol)
+
+
+def _varies(size: int | torch.SymInt) -> bool:
+    """Whether a size was left open (after a loop over it, ``range(n)``, a symbol may have one value only)."""
+    if not isinstance(size, torch.SymInt):
+        return False
+    allowed = size.node.shape_env.bound_sympy(size.node.expr)
+    return bool(allowed.lower != allowed.upper)
 
 
 def _holds(expr: Any, symbols: dict[sympy.Symbol, Callable[[Point], int]], point: Point) -> bool:

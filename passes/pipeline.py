@@ -26,7 +26,7 @@ from .compare_runs import Runs
 from .errors import NonLocalError, Refusal, RefusedError
 from .propagate_facts import Facts, propagate_facts
 from .registry import Call, InClip
-from .roll_up_loops import roll_up_loops
+from .roll_up_loops import gather_assignments, roll_up_loops
 from .schedule_delays import Schedule, reach, schedule_delays
 from .stream_graph import Clip, Op, Value, View, read
 
@@ -246,10 +246,11 @@ def _understand(
 ) -> tuple[fx.Graph, Facts, Constants]:
     """The canonical graph of a capture, with its facts."""
     graph = canonicalize(captured)
+    gather_assignments(graph)
     while True:
         constants = Constants(tensors(model, captured), _not_constant(graph, captured))
         facts = propagate_facts(graph, captured, clock, constants, context)
-        if captured.symbolic_time or not roll_up_loops(graph, facts):
+        if not roll_up_loops(graph, facts):
             return graph, facts, constants
 
 

@@ -8,7 +8,6 @@ are rolled up into a `Loop`: a body, what it carries from frame to frame, and wh
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -50,6 +49,49 @@ def roll_up_loops(graph: fx.Graph, facts: Facts) -> bool:
             continue
         return True
     return False
+
+
+def gather_assignments(graph: fx.Graph) -> None:
+    """``out[:, t] = h`` for every t, one after the other, is a stack of what was assigned."""
+    for node in list(graph.nodes):
+        if node.target is not aten.select_scatter.default or any(u.target is node.target for u in node.users):
+            continue
+        args = node.meta["samples"][0]
+        dim = args["dim"] % len(node.meta["val"].shape)
+        assigned: dict[int, fx.Node] = {}
+        link: Any = node
+        while isinstance(link, fx.Node) and link.target is node.target and (link is node or len(link.users) == 1):
+            at = link.meta["samples"][0]
+            index = at["index"] % node.meta["sizes"][0][dim]
+            if (
+                at["dim"] % len(node.meta["val"].shape) != dim
+                or not isinstance(at["src"], fx.Node)
+                or index in assigned
+            ):
+                break
+            assigned[index] = at["src"]
+            link = at["self"]
+        size = node.meta["sizes"][0][dim]
+        if (
+            len(assigned) != size
+            or size < 2
+            or any(n.meta["val"].dtype != node.meta["val"].dtype for n in assigned.values())
+        ):
+            continue
+        parts = [assigned[i] for i in range(size)]
+        with graph.inserting_before(node):
+            stack = graph.call_function(aten.stack.default, (parts, dim))
+        samples = [{"tensors": parts, "dim": dim} for _ in node.meta["samples"]]
+        stack.meta = dict(node.meta) | {"samples": samples}
+        _take_place(node, stack)
+    graph.eliminate_dead_code()
+
+
+def _take_place(old: fx.Node, new: fx.Node) -> None:
+    """Let all that read one node read another."""
+    old.replace_all_uses_with(new, propagate_meta=False)
+    for user in new.users:
+        user.meta["samples"] = [map_arg(s, lambda n: new if n is old else n) for s in user.meta.get("samples", [])]
 
 
 def _frames(graph: fx.Graph, facts: Facts) -> dict[Any, dict[fx.Node, _Frame]]:
@@ -106,8 +148,9 @@ def _roll(graph: fx.Graph, facts: Facts, frames: dict[fx.Node, _Frame], length: 
     given = {bodies[1][i]: k for k, i in enumerate(carried)}
     results = [bodies[2][i] for i, _, _ in wanted.values()]
     after_first = [match.carried[i] for i in carried]
-    firsts = [n.args[0][0] if how != "last" else None for n, (_, how, _) in wanted.items()]  # type: ignore[index]
-    firsts = [after_first[0] if f is None else f for f in firsts]  # (no clip has one frame only)
+    firsts = [  # (what is read after the last frame has no first of its own: no clip has one frame only)
+        after_first[0] if how == "last" else _parts(n)[0] for n, (_, how, _) in wanted.items()
+    ]
     used = [*bodies[2], *(bodies[0] if different else [])]
     outer = {n: None for node in used if node not in frames for n in node.all_input_nodes if n not in label}
     statics = list(outer | {n: None for n in (after_first + firsts if different else []) if n not in label})
@@ -140,8 +183,8 @@ def _labels(graph: fx.Graph, frames: dict[fx.Node, _Frame], length: int) -> tupl
                 beyond.add(node)
                 continue
             given = [label[n] for n in node.all_input_nodes if n in label]
-            if node.target in (aten.stack.default, aten.cat.default) and len(node.args[0]) == length:
-                each = [label.get(n, -1) for n in node.args[0]]
+            if node.target in (aten.stack.default, aten.cat.default) and len(_parts(node)) == length:
+                each = [label.get(n, -1) for n in _parts(node)]
                 if each[1:] == list(range(1, length)) and each[0] <= 0:
                     collectors.append(node)
                     beyond.add(node)
@@ -149,6 +192,12 @@ def _labels(graph: fx.Graph, frames: dict[fx.Node, _Frame], length: int) -> tupl
             if given:
                 label[node] = max(given)
     return label, collectors
+
+
+def _parts(node: fx.Node) -> list[fx.Node]:
+    """What a stack or cat puts together."""
+    parts: list[fx.Node] = list(node.args[0])  # type: ignore[arg-type]
+    return parts
 
 
 class _Match:
@@ -186,10 +235,7 @@ class _Match:
         found: dict[int, fx.Node] = {}
         if not self._alike(before.meta["samples"][0], node.meta["samples"][0], t, found):
             return False
-        for place, stands in found.items():
-            if self.carried.setdefault(place, stands) is not stands:
-                return False
-        return True
+        return all(self.carried.setdefault(place, stands) is stands for place, stands in found.items())
 
     def _alike(self, a: Any, b: Any, t: int, found: dict[int, fx.Node]) -> bool:
         if isinstance(b, fx.Node):
@@ -282,7 +328,7 @@ def _wanted(
     wanted: dict[fx.Node, tuple[int, str, int]] = {}
     taken = {n for i, b in enumerate(bodies) for n in b if i == 0 or n in place}
     for node in collectors:
-        parts = node.args[0]
+        parts = _parts(node)
         places = {place.get(n) for n in parts[1:]}
         if len(places) != 1 or None in places:
             raise _NoLoop
@@ -348,12 +394,6 @@ def _replace(graph: fx.Graph, loop: Loop, args: list[fx.Node], wanted: list[fx.N
             item = graph.create_node("call_function", operator.getitem, (node, i), {}, name=f"{old.name}_rolled")
         item.meta = dict(old.meta) | {"samples": [{"0": node, "1": i} for _ in points]}
         previous = item
-        old.replace_all_uses_with(item, propagate_meta=False)
-        for user in item.users:
-            user.meta["samples"] = [map_arg(s, _swap(old, item)) for s in user.meta.get("samples", [])]
+        _take_place(old, item)
     graph.eliminate_dead_code()
     graph.lint()
-
-
-def _swap(old: fx.Node, new: fx.Node) -> Callable[[fx.Node], fx.Node]:
-    return lambda n: new if n is old else n

@@ -24,10 +24,14 @@ class Count:
 
 
 class Counter:
-    """Counts frames after n ticks; unclamped, so negative counts stand for garbage before the start."""
+    """Counts frames after n ticks; unclamped, so negative counts stand for garbage before the start.
 
-    def __init__(self, graph: StreamGraph) -> None:
-        self.graph = graph
+    With `waiting`, frames that need no input (padding beyond the kernel's reach) wait for the first tick, so that no
+    count is above what the rate gives.
+    """
+
+    def __init__(self, graph: StreamGraph, waiting: bool = False) -> None:
+        self.graph, self.waiting = graph, waiting
         self._cache: dict[int, Count] = {}
 
     def at(self, n: int) -> Count:
@@ -47,7 +51,7 @@ class Counter:
                 for r in op.reads
             ]
             for v in op.outputs:
-                available[v] = min([length[v], *ready])
+                available[v] = min([length[v], *ready, *([math.floor(v.rate * n)] if self.waiting else [])])
         for v in self.graph.values:
             if isinstance(v.producer, View) and v.producer.source in available:
                 available[v] = min(length[v], available[v.producer.source] - v.producer.offset)
@@ -100,11 +104,11 @@ class Schedule:
         return self.counter.at(phase).length[value] + int(value.rate * self.period) * cycles
 
 
-def schedule_delays(graph: StreamGraph, outputs: Sequence[Value | None]) -> Schedule:
-    """Drop what no output needs, then settle counts and histories."""
+def schedule_delays(graph: StreamGraph, outputs: Sequence[Value | None], waiting: bool = False) -> Schedule:
+    """Drop what no output needs, then settle counts and histories (`waiting`: see `Counter`)."""
     live = _live(graph, outputs)
     graph.ops = [op for op in graph.ops if op in live]
-    counter = Counter(graph)
+    counter = Counter(graph, waiting)
     values = [v for op in graph.ops for v in op.outputs] + graph.inputs
     period = math.lcm(*(v.rate.denominator for v in values))
     schedule = Schedule(graph, list(outputs), period, {}, {}, 0, 0, counter)

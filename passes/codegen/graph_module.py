@@ -48,6 +48,7 @@ class Key:
         frames: inputs and outputs come without time axis.
         folded: what depends on parameters alone is a constant.
         capacity: ticks for which there is room in the state of values that are kept from their beginning on.
+        endless: the stream does not end, so that windows reach outside at its start alone.
     """
 
     phase: int
@@ -58,6 +59,7 @@ class Key:
     frames: bool = False
     folded: bool = True
     capacity: int = 0
+    endless: bool = False
 
 
 def state_specs(schedule: Schedule, capacity: int = 0) -> list[StateSpec]:
@@ -456,15 +458,11 @@ class Builder:
 
     def inside(self, value: Value, span: range) -> fx.Node:
         """Which of the frames that this program calls `span` exist: bool, one for each."""
-        key = ("inside", self.length(value), value.rate, span)
+        key = ("inside", self._length(value), value.rate, span)
         if key not in self._memo:
-            self._memo[key] = self.between(self.index_range(value, span), self.length(value))
+            self._memo[key] = self.within(self.index_range(value, span), value)
         node: fx.Node = self._memo[key]
         return node
-
-    def between(self, index: fx.Node, end: fx.Node) -> fx.Node:
-        """Which indices lie in ``[0, end)``."""
-        return self.aten("logical_and.default", self.aten("ge.Scalar", index, 0), self.aten("lt.Tensor", index, end))
 
     @property
     def cycles(self) -> fx.Node:
@@ -493,6 +491,13 @@ class Builder:
             self._memo[key] = value.length(*sources)
         found: Index = self._memo[key]
         return found
+
+    def within(self, index: fx.Node, value: Value) -> fx.Node:
+        """Which of these indices lie in ``[0, length)`` of a value."""
+        begun = self.aten("ge.Scalar", index, 0)
+        if self.key.endless:
+            return begun
+        return self.aten("logical_and.default", begun, self.aten("lt.Tensor", index, self.length(value)))
 
     # -- reading -----------------------------------------------------------------------------------------------------
 
@@ -556,11 +561,10 @@ class Builder:
                 masks.append((self.inside(level.value, moved), level.fill.number))
                 continue
             at = index if level.shift == 0 else self.aten("sub.Tensor", index, level.shift)
-            end = self.length(level.value)
             if isinstance(level.fill, Constant):
-                masks.append((self.between(at, end), level.fill.number))
+                masks.append((self.within(at, level.value), level.fill.number))
             else:
-                at = self.mirrored(at, end, level.fill.mode)
+                at = self.mirrored(at, self.length(level.value), level.fill.mode)
                 index = at if level.shift == 0 else self.aten("add.Tensor", at, level.shift)
                 mirrored = True
         time = layout.time
@@ -740,8 +744,11 @@ def _node(other: Any) -> Any:
     return other.node if isinstance(other, Index) else other
 
 
-def generate(plan: Plan, key: Key, device: torch.device) -> Program:
-    """The program of a key, its small constants on `device`."""
+def generate(plan: Plan, key: Key, device: torch.device, validity: bool = False) -> Program:
+    """The program of a key, its small constants on `device`.
+
+    With `validity` it returns a third tuple: for each output with time, which of its frames exist (bool, one for each).
+    """
     b = Builder(plan.schedule, key, plan.batch_input(key.frames), plan.constants, device, plan.about)
     _inputs(b, plan)
     specs = state_specs(plan.schedule, key.capacity)
@@ -754,7 +761,9 @@ def generate(plan: Plan, key: Key, device: torch.device) -> Program:
     spans, results = _outputs(b, plan)
     _keep_histories(b, plan)
     b.about = None
-    b.graph.output((tuple(results), tuple(b.next_states.get(s.name, b.states[s.name]) for s in specs)))
+    after = tuple(b.next_states.get(s.name, b.states[s.name]) for s in specs)
+    exist = (_validity(b, plan, spans),) if validity else ()
+    b.graph.output((tuple(results), after, *exist))
     b.graph.output_node().meta["cofx"] = None
     b.graph.eliminate_dead_code()
     where = [b.states["count"], b.states["length"]]
@@ -833,6 +842,25 @@ def _outputs(b: Builder, plan: Plan) -> tuple[list[OutputSpan], list[Any]]:
             node = b.aten("select.int", node, leaf.value.layout.time, 0)
         results.append(b.owned(node))
     return spans, results
+
+
+def _validity(b: Builder, plan: Plan, spans: list[OutputSpan]) -> tuple[fx.Node | None, ...]:
+    """For each output with time, which of the returned frames exist; none do where a table has run out."""
+    within = None
+    for op in b.schedule.graph.ops:
+        if op.limit is not None:
+            value = op.outputs[0]
+            stop = b.index_range(value, range(b.after[value], b.after[value] + 1))
+            ok = b.aten("le.Scalar", b.aten("minimum.default", stop, b.length(value)), op.limit)
+            within = ok if within is None else b.aten("logical_and.default", within, ok)
+    exist: list[fx.Node | None] = []
+    for leaf, span in zip(plan.outputs, spans, strict=True):
+        if leaf.value is None:
+            exist.append(within)
+            continue
+        inside = b.inside(leaf.value, range(span.start, span.start + span.frames))
+        exist.append(inside if within is None else b.aten("logical_and.default", inside, within))
+    return tuple(exist)
 
 
 def _keep_histories(b: Builder, plan: Plan) -> None:

@@ -20,19 +20,23 @@ def loop(call: Call) -> Fact:
     """One stream for each result; of a last one the last frame."""
     target = call.node.target
     assert isinstance(target, Loop)
-    args = list(call.node.args)
+    args: list[fx.Node] = list(call.node.args)  # type: ignore[arg-type]
     sources = args[: len(target.dims)]
     begin = [] if target.start else args[len(sources) : len(sources) + len(target.carried)]
     statics = args[len(sources) + len(begin) :]
-    streams = [call.facts[n] for n in sources]  # type: ignore[index]
+    streams = [call.facts[n] for n in sources]
     call.require(all(isinstance(f, Value) and f.layout.clean for f in streams), "a loop over frames of the clip")
     same = {(f.rate, f.lengths) for f in streams}
     call.require(len(same) == 1, "a loop over streams of different lengths")
     call.require(all(isinstance(call.fact(n), Static) for n in (*begin, *statics)), "a loop that begins with frames")
     carries = []
     for i, meta in enumerate(target.carried):
-        layout = from_sizes(list(zip(*meta["sizes"], strict=True)), call.graph.batch)
-        carries.append(Carry(f"carried_{i}", layout, meta["val"].dtype, begin[i] if begin else 0.0))  # type: ignore[arg-type]
+        sizes = [
+            *meta["sizes"],
+            *meta["sizes"][:1] * (len(call.graph.batch) - len(meta["sizes"])),
+        ]  # at any length alike
+        layout = from_sizes(list(zip(*sizes, strict=True)), call.graph.batch)
+        carries.append(Carry(f"carried_{i}", layout, meta["val"].dtype, begin[i] if begin else 0.0))
 
     def lower(b: Any, op: Op, windows: list[Window], span: range, state: list[fx.Node]) -> Any:
         collected: list[list[fx.Node]] = [[] for _ in target.results]

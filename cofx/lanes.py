@@ -1,0 +1,181 @@
+"""Many streams in one batch: what `StepModule` does when it is given `start`, `ready` or `length`."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from fractions import Fraction
+from typing import Any
+
+import torch
+from torch.utils import _pytree as pytree
+
+from . import __version__
+from .compiled import Compiled
+from .passes.codegen.lanes import (
+    POSITION,
+    LaneProgram,
+    generate_lanes,
+    lane_schedule,
+    lane_state_specs,
+    state_layouts,
+    to_lanes_first,
+)
+from .passes.errors import user_frame
+from .runtime.errors import InputError
+from .runtime.lane_state import LaneState, check_lanes, fresh
+from .runtime.state import StreamState
+
+WHOLE = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+CONTROLS = {"start": torch.bool, "ready": torch.bool, "length": torch.int64}
+
+
+class Lanes:
+    """The lane programs of a compiled model.
+
+    `alone` is that model, or the same traced for a batch of one where its batch size is fixed.
+    """
+
+    def __init__(self, source: Compiled, alone: Compiled) -> None:
+        self.source, self.compiled, self.plan, self.spec = source, alone, alone.plan, alone.spec
+        self.schedule = lane_schedule(self.plan)
+        self.specs = lane_state_specs(self.schedule)
+        self.batchless = all(b is None for b in self.plan.clock.batch_dims)
+        self.programs: dict[tuple[int, bool, bool], LaneProgram] = {}
+
+    def program(self, ticks: int, frames: bool) -> LaneProgram:
+        """The program for so many ticks, generated when first asked for."""
+        trains = torch.is_grad_enabled() and any(p.requires_grad for p in self.compiled.model.parameters())
+        key = (ticks, frames, not trains)
+        if key not in self.programs:
+            self.programs[key] = generate_lanes(self.plan, ticks, self.spec.device, frames=frames, folded=not trains)
+        return self.programs[key]
+
+    def fresh(self, lanes: int) -> LaneState:
+        """Lanes of which none has begun."""
+        return fresh(self.specs, lanes, self.spec.device)
+
+    def call(
+        self, state: LaneState, inputs: Sequence[torch.Tensor], frames: bool, controls: Mapping[str, Any]
+    ) -> tuple[Any, Any, LaneState]:
+        """The outputs, which of their frames exist, and the state after.
+
+        Raises:
+            InputError: the inputs or the controls do not fit, or a table of positions runs out for a lane.
+        """
+        ticks = 1 if frames else self.spec.ticks(inputs)
+        if ticks % self.schedule.period:
+            s = self.schedule.period
+            raise InputError(
+                f"with lanes this model takes a multiple of {s} frames at a time ({ticks} were given): its layers have "
+                f"strides, and lanes that stand at different places can share a call only if it does the same work for "
+                f"each. Call forward_steps with {s} frames, or a multiple"
+            )
+        start, ready, length = self._controls(controls, state.lanes)
+        if self.compiled.tables:
+            self._within_tables(state, ticks, start, ready, length)
+        program = self.program(ticks, frames)
+        given = [x.unsqueeze(0) for x in inputs] if self.batchless else list(inputs)
+        results, valid, tensors = program.module(*given, start, ready, length, *state.tensors)
+        leaves = []
+        for leaf, out, tensor in zip(self.plan.outputs, program.outputs, results, strict=True):
+            leaves.append(tensor.squeeze(0) if self.batchless and out.batch is not None and leaf.value else tensor)
+        y = self.compiled.pack(leaves, stacked=not frames)
+        return y, pytree.tree_unflatten(list(valid), self.plan.out_spec), LaneState(tuple(tensors))
+
+    def _controls(self, given: Mapping[str, Any], lanes: int) -> list[torch.Tensor]:
+        """start, ready and length, each of shape (lanes, 1)."""
+        defaults = {"start": False, "ready": True, "length": -1}
+        out = []
+        for name, dtype in CONTROLS.items():
+            value = given.get(name)
+            if value is None:
+                out.append(torch.full((lanes, 1), defaults[name], dtype=dtype, device=self.spec.device))
+                continue
+            t = torch.as_tensor(value, device=self.spec.device)
+            whole = t.dtype == torch.bool if dtype == torch.bool else t.dtype in WHOLE
+            if t.numel() != lanes or tuple(t.shape) not in {(lanes,), (lanes, 1)} or not whole:
+                kind = "bool" if dtype == torch.bool else "whole number"
+                raise InputError(
+                    f"{name} has one {kind} for each of the {lanes} lanes, not {t.dtype} of shape {tuple(t.shape)}"
+                )
+            out.append(t.reshape(lanes, 1).to(dtype))
+        return out
+
+    def _within_tables(
+        self, state: LaneState, ticks: int, start: torch.Tensor, ready: torch.Tensor, length: torch.Tensor
+    ) -> None:
+        """Raise before a table of positions runs out for any lane."""
+        before = torch.where(start, 0, state.tensors[0]).tolist()
+        for lane, ((count, end), (go,), (told,)) in enumerate(
+            zip(before, ready.tolist(), length.tolist(), strict=True)
+        ):
+            if not go:
+                continue
+            last = end - 1 if end else max(told, count) if told >= 0 else count + ticks
+            for op in self.compiled.tables:
+                assert op.limit is not None
+                if self.schedule.count(op.outputs[0], min(last, count + ticks)) > op.limit:
+                    raise InputError(
+                        f"lane {lane}: the stream is longer than a table of the model: {op.name} has {op.limit} "
+                        f"entries ({user_frame(op.node) if op.node is not None else ''}); start a new one with start"
+                    )
+
+    def about(self) -> dict[str, Any]:
+        """What holds for the outputs, for the metadata of a file; fractions as strings."""
+        plan = dataclasses.replace(self.plan, schedule=self.schedule, timings={})
+        outputs = []
+        for leaf in plan.outputs:
+            timing = plan.about(leaf.value)
+            numbers = ("delay", "receptive_field", "stride", "padding")
+            known = {n: _plain(getattr(timing, n)) if timing else 0 for n in numbers}
+            outputs.append({**known, "equivalence": leaf.equivalence})
+        return {"version": __version__, **outputs[0], "outputs": outputs}
+
+    # -- states ------------------------------------------------------------------------------------------------------
+
+    def from_stream(self, state: StreamState) -> LaneState:
+        """The state of a batch of streams that went step by step together, as lanes.
+
+        Raises:
+            InputError: they stand at a place where no lane can.
+        """
+        lanes = 1 if state.batch is None else state.batch
+        if state.tensors is None:
+            return self.fresh(lanes)
+        if self.schedule is not self.plan.schedule:
+            raise InputError(
+                "this stream was begun without lanes, and its first output came before lanes give it: begin it with "
+                "start, ready or length given, after clean_state()"
+            )
+        if state.count % self.schedule.period:
+            s = self.schedule.period
+            raise InputError(f"a stream can go on in a lane after a multiple of {s} frames, not after {state.count}")
+        position = torch.zeros(lanes, 2, dtype=torch.int64, device=self.spec.device)
+        position[:, 0] = state.count
+        kept = [
+            to_lanes_first(t, layout, lanes).contiguous()
+            for t, layout in zip(state.tensors, state_layouts(self.schedule), strict=True)
+        ]
+        return LaneState((position, *kept))
+
+    def restore(self, snap: dict[str, torch.Tensor]) -> LaneState:
+        """The state of a snapshot.
+
+        Raises:
+            StateError: it is of another model.
+        """
+        return check_lanes(snap, self.specs, self.schedule.period, self.spec.device)
+
+
+def _plain(number: float | int | Fraction) -> int | str:
+    return number if isinstance(number, int) else str(number)
+
+
+def lanes_of(compiled: Compiled, inputs: Sequence[torch.Tensor], frames: bool) -> int:
+    """How many lanes these inputs have; one where the model has no batch dimension."""
+    batch = compiled.spec.batch_of(inputs, frames)
+    return 1 if batch is None else batch
+
+
+__all__ = ["POSITION", "Lanes", "lanes_of"]

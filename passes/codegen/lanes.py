@@ -1,0 +1,787 @@
+"""Code generation: one program for many streams that begin, pause and end each by itself.
+
+A *lane* is one stream in a batch of streams. A lane program takes ``k * S`` ticks (S: the schedule's period) for every
+lane at once, and is the same at the start, in mid-stream and at the end::
+
+    (frames..., start, ready, length, position, state...) -> (outputs, valid, (position, state...))
+
+It is made from a masked program at phase 0, in which `count` and `length` are numbers that hold for the whole batch.
+Here they become vectors with a number per lane. What is computed from them alone (indices, masks, rows of tables) has
+no batch dimension in the program, so lanes are put in front of it; all else has its lanes in its batch dimension
+already. Where the two meet, a pointwise op takes the vector's lanes into the batch dimension; any other op is run under
+`torch.vmap`, whose trace takes the op's place. No op is repeated lane by lane.
+
+Nothing is there before a stream's first tick: frames that need no input wait for it (`schedule_delays(waiting=True)`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import math
+import operator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import fx
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.node import map_arg
+from torch.utils import _pytree as pytree
+
+from ...runtime.program import StateSpec
+from ..layout import BATCH, Layout
+from ..schedule_delays import Schedule, schedule_delays
+from .graph_module import FOREVER, Key, generate, state_specs
+
+if TYPE_CHECKING:
+    from ..pipeline import Leaf, Plan
+
+aten = torch.ops.aten
+
+FRONT = -1  # the lanes of a tensor lie in front of what it is for a batch of one
+MIXED = -2  # they share a dimension with something else
+Place = int | None  # or the dimension that they have to themselves; None: it is the same for all lanes
+
+POSITION = "position"
+
+# what they make depends on sizes alone, whatever tensor they are called on
+_FACTORIES = {aten.new_full.default, aten.new_zeros.default, aten.new_ones.default, aten.new_empty.default}
+
+
+class Ambiguous(Exception):
+    """Where a tensor's lanes lie cannot be told; they are then put in front of everything."""
+
+
+@dataclass(frozen=True)
+class LaneInput:
+    """An input of a lane program. `batch`, `time`: its dimensions there, or None. `frames`: frames per call."""
+
+    name: str
+    shape: tuple[int, ...]  # for one lane
+    dtype: torch.dtype
+    batch: int | None
+    time: int | None
+
+
+@dataclass(frozen=True)
+class LaneOutput:
+    """An output of a lane program.
+
+    Attributes:
+        batch, time: its dimensions there, or None.
+        frames: per call.
+        model_batch, model_time: its dimensions as the model has them (lanes in front where it gives none).
+    """
+
+    batch: int | None
+    time: int | None
+    frames: int
+    model_batch: int | None
+    model_time: int | None
+
+
+@dataclass(frozen=True)
+class LaneProgram:
+    """A pure function for a batch of lanes, and what goes in and comes out.
+
+    Attributes:
+        module: ``(frames..., [start, ready, length,] position, state...) -> (outputs, valid, (position, state...))``.
+            `start` and `ready` are bool, `length` int64, each of shape (lanes, 1). `valid` has a tensor per output,
+            (lanes, frames), or (lanes,) where the output has no time axis.
+        ticks: that it takes.
+        inputs, outputs: what they look like.
+        states: the position, then all that is kept, lanes first; zeros are a lane that has not begun.
+        flush_calls: after the call with a lane's last frame, calls until its last output at the most.
+        device: where it runs.
+    """
+
+    module: fx.GraphModule
+    ticks: int
+    inputs: list[LaneInput]
+    outputs: list[LaneOutput]
+    states: list[StateSpec]
+    flush_calls: int
+    device: torch.device
+
+
+def lane_schedule(plan: Plan) -> Schedule:
+    """The plan's schedule, or one in which nothing is there before the first tick."""
+    before = plan.schedule.counts(0)
+    if all(before[v] <= 0 for op in plan.schedule.graph.ops for v in op.outputs):
+        return plan.schedule
+    return schedule_delays(plan.schedule.graph, plan.schedule.outputs, waiting=True)
+
+
+def lane_state_specs(schedule: Schedule, controls: bool = True) -> list[StateSpec]:
+    """What a lane program keeps: `state_specs` with lanes first, after the position."""
+    holds = "ticks so far, and the stream's length + 1 once it is known" if controls else "ticks so far"
+    specs = [StateSpec(POSITION, ((1, 0), (0, 2 if controls else 1)), torch.int64, holds)]
+    for spec, layout in zip(state_specs(schedule), state_layouts(schedule), strict=True):
+        sizes = [(0, s) for s in _lane_shape(layout)]
+        specs.append(StateSpec(spec.name, ((1, 0), *sizes), spec.dtype, spec.holds))
+    return specs
+
+
+def state_layouts(schedule: Schedule) -> list[Layout]:
+    """The layout of each state, time as the number of frames that it has."""
+    layouts = []
+    for value, frames in schedule.history.items():
+        split = value.layout.split()
+        layouts.append(split.replace(split.time, (frames,)))
+    layouts += [carry.layout for op in schedule.graph.ops for carry in op.carries]
+    return layouts
+
+
+def _lane_shape(layout: Layout) -> list[int]:
+    """The shape that a state has for one lane: its batch dimension dropped, or only the lanes in it."""
+    return [math.prod(f for f in d if isinstance(f, int)) for d in layout if d != (BATCH,)]
+
+
+def to_lanes_first(tensor: torch.Tensor, layout: Layout, lanes: int) -> torch.Tensor:
+    """A program's state as lane programs keep it."""
+    return _reorder(tensor, layout, lanes)
+
+
+def _reorder(tensor: torch.Tensor, layout: Layout, lanes: int) -> torch.Tensor:
+    at = next((i for i, d in enumerate(layout) if BATCH in d), None)
+    if at is None:
+        return tensor.unsqueeze(0).expand(lanes, *tensor.shape)
+    before, after = _around_batch(layout[at])
+    shape = tensor.shape
+    parted = tensor.reshape(*shape[:at], before, lanes, after, *shape[at + 1 :]).movedim(at + 1, 0)
+    return parted.reshape(lanes, *_lane_shape(layout))
+
+
+def _around_batch(dimension: Sequence[Any]) -> tuple[int, int]:
+    """The product of the factors before the batch in a dimension, and of those behind it."""
+    i = dimension.index(BATCH)
+    return math.prod(dimension[:i]), math.prod(dimension[i + 1 :])
+
+
+def generate_lanes(
+    plan: Plan,
+    ticks: int,
+    device: torch.device,
+    *,
+    frames: bool = False,
+    controls: bool = True,
+    batch_first: bool = False,
+    folded: bool = True,
+) -> LaneProgram:
+    """The lane program of a plan.
+
+    Args:
+        plan: traced with an open batch size, or with a batch of one.
+        ticks: that a call takes, a multiple of the period.
+        device: of its constants.
+        frames: inputs and outputs come without time axis.
+        controls: it takes start, ready and length; else all lanes begin together and do not end.
+        batch_first: lanes come first in inputs and outputs, wherever the model has its batch dimension.
+        folded: what depends on parameters alone is a constant.
+    """
+    schedule = lane_schedule(plan)
+    if ticks < 1 or ticks % schedule.period:
+        raise ValueError(f"a lane program takes a multiple of {schedule.period} ticks, not {ticks}")
+    plan = dataclasses.replace(plan, schedule=schedule, timings={})
+    key = Key(0, ticks, masked=True, holding=schedule.sequential_from > 0, frames=frames, folded=folded,
+              endless=not controls)  # fmt: skip
+    program = generate(plan, key, device, validity=True)
+    has_batch = any(b is not None for b in plan.clock.batch_dims)
+    build = functools.partial(
+        _Build, plan, key, program.module, device, controls=controls, batch_first=batch_first, has_batch=has_batch
+    )
+    if plan.capture.symbolic_batch and has_batch:
+        try:
+            return build(in_front=False).program()
+        except Ambiguous:
+            pass
+    return build(in_front=True).program()
+
+
+def flush_calls(schedule: Schedule, outputs: Sequence[Leaf], ticks: int) -> int:
+    """After the call that a stream's last frame comes with, calls until its last output, at the most."""
+    most = 0
+    for leaf in outputs:
+        if leaf.value is None:
+            continue
+        for length in range(1, math.lcm(schedule.period, ticks) + 1):
+            end, n = schedule.length(leaf.value, length), -(-length // ticks)
+            calls = 0
+            while schedule.count(leaf.value, (n + calls) * ticks) < end:
+                calls += 1
+            most = max(most, calls)
+    return most
+
+
+class _Build:
+    """One lane program in the making."""
+
+    def __init__(
+        self, plan: Plan, key: Key, module: fx.GraphModule, device: torch.device, *, controls: bool,
+        batch_first: bool, has_batch: bool, in_front: bool,
+    ) -> None:  # fmt: skip
+        self.plan, self.key, self.source, self.device = plan, key, module, device
+        self.controls, self.batch_first, self.has_batch, self.in_front = controls, batch_first, has_batch, in_front
+        self.schedule = plan.schedule
+        self.graph = fx.Graph()
+        self.places: dict[fx.Node, Any] = {}
+        self.env: dict[fx.Node, Any] = {}
+        self.root = dict(_attributes(module))
+        self.about: Any = None
+        self.traces: dict[Any, Any] = {}
+        self.aligned: dict[Any, fx.Node] = {}
+        self.fake = FakeTensorMode(allow_non_fake_inputs=True)
+        batches = (1,) if in_front else (1, 2, 3)
+        self.measured = {b: self._measure(b) for b in batches}
+
+    # -- sizes -------------------------------------------------------------------------------------------------------
+
+    def _measure(self, batch: int) -> dict[fx.Node, Any]:
+        """What every node of the program gives for a batch size, on fake tensors."""
+        found: dict[fx.Node, Any] = {}
+
+        class Record(fx.Interpreter):
+            def run_node(self, n: fx.Node) -> Any:
+                found[n] = super().run_node(n)
+                return found[n]
+
+        with self.fake, torch.no_grad():
+            arguments = [self._example(n.name, batch) for n in self.source.graph.nodes if n.op == "placeholder"]
+            Record(self.source).run(*arguments)
+        return found
+
+    def _example(self, name: str, batch: int) -> torch.Tensor:
+        if name in ("count", "length"):
+            return torch.zeros((), dtype=torch.int64)
+        for spec in state_specs(self.schedule):
+            if spec.name == name:
+                return torch.zeros(spec.shape(batch), dtype=spec.dtype)
+        i = next(i for i, (n, _) in enumerate(self.plan.inputs) if n.name == name)
+        node = self.plan.inputs[i][0]
+        shape, _ = self._input_shape(i, batch)
+        return torch.zeros(shape, dtype=node.meta["val"].dtype)
+
+    def _input_shape(self, i: int, batch: int) -> tuple[list[int], tuple[int | None, int | None]]:
+        """The shape of an input in the program, and its batch and time dimensions."""
+        node, value = self.plan.inputs[i]
+        time, at = self.plan.clock.time_dims[i], self.plan.clock.batch_dims[i]
+        shape = list(node.meta["sizes"][0])
+        if at is not None:
+            shape[at] = batch
+        if value is None or time is None:
+            return shape, (at, None)
+        shape[time] = self.key.ticks * int(value.rate)
+        if self.key.frames and value.rate == 1:
+            del shape[time]
+            return shape, (at if at is None or at < time else at - 1, None)
+        return shape, (at, time)
+
+    def _place(self, node: fx.Node) -> Any:
+        """Where the lanes lie in what a node of the program gives, from its sizes for two batches."""
+        return pytree.tree_map(_moved, self.measured[2][node], self.measured[3][node])
+
+    # -- emitting ----------------------------------------------------------------------------------------------------
+
+    def emit(self, target: Any, *args: Any, name: str | None = None, **kwargs: Any) -> fx.Node:
+        """One call of a function."""
+        node = self.graph.create_node("call_function", target, args, kwargs, name=name)
+        node.meta["cofx"] = self.about
+        return node
+
+    def placeholder(self, name: str) -> fx.Node:
+        """An argument of the lane program."""
+        node = self.graph.placeholder(name)
+        node.meta["cofx"] = self.about
+        return node
+
+    def lanes(self) -> fx.Node:
+        """The number of lanes."""
+        if "lanes" not in self.aligned:
+            self.aligned["lanes"] = self.emit(aten.sym_size.int, self.position, 0)
+        return self.aligned["lanes"]
+
+    # -- the program -------------------------------------------------------------------------------------------------
+
+    def program(self) -> LaneProgram:
+        """Everything, in order."""
+        nodes = list(self.source.graph.nodes)
+        by_name = {n.name: n for n in nodes if n.op == "placeholder"}
+        specs = lane_state_specs(self.schedule, self.controls)
+        layouts = state_layouts(self.schedule)
+        given = [self.placeholder(n.name) for n, _ in self.plan.inputs]
+        control = [self.placeholder(n) for n in ("start", "ready", "length")] if self.controls else []
+        self.position = self.placeholder(POSITION)
+        kept = []
+        for spec in specs[1:]:
+            self.about = by_name[spec.name].meta["cofx"]
+            kept.append(self.placeholder(spec.name))
+        self.about = None
+        count, length, ready, position = self._positions(control)
+        self.bounds = count, length
+        for name, node in (("count", count), ("length", length)):
+            if name in by_name:
+                self.env[by_name[name]], self.places[by_name[name]] = node, FRONT
+        inputs = [self._input(i, node, ready) for i, node in enumerate(given)]
+        for spec, node, layout in zip(specs[1:], kept, layouts, strict=True):
+            self._state_in(by_name[spec.name], node, layout)
+        for node in nodes:
+            if node.op != "output" and node not in self.env:
+                self.about = node.meta.get("cofx")
+                self._node(node)
+        returned: Any = self.source.graph.output_node().args[0]
+        results, after, exist = returned
+        outputs = [self._output(i, n) for i, n in enumerate(results)]
+        valid = [self._valid(n, ready, o) for n, (_, o) in zip(exist, outputs, strict=True)]
+        states = [position]
+        for spec, node, layout, old in zip(specs[1:], after, layouts, kept, strict=True):
+            states.append(self._state_out(node, layout, old, ready, spec))
+        self.about = None
+        self.graph.output((tuple(n for n, _ in outputs), tuple(valid), tuple(states)))
+        self.graph.output_node().meta["cofx"] = None
+        self.graph.eliminate_dead_code()
+        self.graph.lint()
+        module = fx.GraphModule(self.root, self.graph, class_name="LaneProgram")
+        return LaneProgram(
+            module,
+            self.key.ticks,
+            inputs,
+            [o for _, o in outputs],
+            specs,
+            flush_calls(self.schedule, self.plan.outputs, self.key.ticks),
+            self.device,
+        )
+
+    def _positions(self, control: list[fx.Node]) -> tuple[fx.Node, fx.Node, fx.Node | None, fx.Node]:
+        """For each lane the ticks before this call and the length; who is ready; and the position afterwards."""
+        count = self.emit(aten.select.int, self.position, 1, 0)
+        ticks = self.key.ticks
+        if not control:
+            forever = self.emit(aten.full_like.default, count, FOREVER)
+            after = self.emit(aten.add.Tensor, self.position, ticks, name="position_out")
+            return count, forever, None, after
+        start, ready, given = control
+        before = self.emit(aten.where.ScalarOther, self.emit(aten.logical_not.default, start), self.position, 0)
+        count = self.emit(aten.slice.Tensor, before, 1, 0, 1)
+        known = self.emit(aten.slice.Tensor, before, 1, 1, 2)
+        # a stream cannot end before what it has taken already
+        told = self.emit(aten.add.Tensor, self.emit(aten.maximum.default, given, count), 1)
+        told = self.emit(aten.where.ScalarOther, self.emit(aten.ge.Scalar, given, 0), told, 0)
+        known = self.emit(aten.where.self, self.emit(aten.gt.Scalar, known, 0), known, told)
+        length = self.emit(aten.sub.Tensor, known, 1)
+        length = self.emit(aten.where.ScalarOther, self.emit(aten.ge.Scalar, length, 0), length, FOREVER)
+        moved = self.emit(aten.cat.default, [self.emit(aten.add.Tensor, count, ticks), known], 1)
+        position = self.emit(aten.where.self, ready, moved, self.position, name="position_out")
+        flat = [self.emit(aten.squeeze.dim, n, 1) for n in (count, length, ready)]
+        return flat[0], flat[1], flat[2], position
+
+    # -- its borders -------------------------------------------------------------------------------------------------
+
+    def _input(self, i: int, node: fx.Node, ready: fx.Node | None) -> LaneInput:
+        """Take an input in: lanes in its batch dimension, or in front."""
+        traced = self.plan.inputs[i][0]
+        inner = next(n for n in self.source.graph.nodes if n.op == "placeholder" and n.name == traced.name)
+        shape, (at, time) = self._input_shape(i, 1)
+        inner_time = time
+        dtype = traced.meta["val"].dtype
+        outer = 0 if self.batch_first and at is not None else at
+        timed = self.plan.inputs[i][1] is not None
+        if at is None and not self.has_batch and timed:
+            place: Place = FRONT
+            outer, time = 0, None if time is None else time + 1
+            shape = [1, *shape]
+        elif at is None:
+            place = None
+        else:
+            if outer != at:
+                node = self.emit(aten.movedim.int, node, 0, at)
+                shape.insert(0, shape.pop(at))
+                time = time if time is None or time > at else time + 1
+            place = at
+            if self.in_front:
+                node = self.to_front(node, at)
+                place = FRONT
+        if ready is not None and place is not None:
+            rank = self.measured[1][inner].dim() + (place == FRONT)
+            at_time = None if inner_time is None else inner_time + (place == FRONT)
+            node = self._only_alive(node, 0 if place == FRONT else place, at_time, rank, i, ready)
+        self.env[inner], self.places[inner] = node, place
+        return LaneInput(traced.name, tuple(shape), dtype, outer, time)
+
+    def _only_alive(self, node: fx.Node, batch: int, time: int | None, rank: int, i: int, ready: fx.Node) -> fx.Node:
+        """Zeros for lanes that are held, and for frames past the end of a stream, whatever they are given.
+
+        Further on they are masked by index, but a number may be no index of anything, and kernels that fill up blocks
+        of frames with zeros (bfloat16 convolutions) do not keep NaN to the frame that it is in.
+        """
+        value = self.plan.inputs[i][1]
+        alive = ready
+        if value is not None:
+            rate = int(value.rate)
+            frames = 1 if time is None else self.key.ticks * rate
+            ticks = [[j // rate for j in range(frames)]]
+            if ("ticks", frames, rate) not in self.aligned:
+                count, length = (self.emit(aten.unsqueeze.default, n, 1) for n in self.bounds)
+                at = count if self.key.ticks == 1 else self.emit(aten.add.Tensor, count, self._constant(ticks))
+                inside = self.emit(aten.lt.Tensor, at, length)
+                shaped = self.emit(aten.unsqueeze.default, ready, 1)
+                self.aligned["ticks", frames, rate] = self.emit(aten.logical_and.default, shaped, inside)
+            alive = self.aligned["ticks", frames, rate]
+        sizes = [1] * rank
+        sizes[batch] = -1
+        if time is not None and self.key.ticks > 1:
+            sizes[time] = frames
+            if time < batch:
+                alive = self.emit(aten.transpose.int, alive, 0, 1)
+        shaped = self.emit(aten.reshape.default, alive, sizes)
+        nothing = False if self.plan.inputs[i][0].meta["val"].dtype == torch.bool else 0
+        return self.emit(aten.where.ScalarOther, shaped, node, nothing)
+
+    def _constant(self, numbers: Any) -> fx.Node:
+        name = f"lane_constant_{len(self.root)}"
+        self.root[name] = torch.tensor(numbers, dtype=torch.int64, device=self.device)
+        node = self.graph.get_attr(name)
+        node.meta["cofx"] = self.about
+        return node
+
+    def _state_in(self, inner: fx.Node, node: fx.Node, layout: Layout) -> None:
+        """Take a state in, lanes first, to where the program has them."""
+        at = next((i for i, d in enumerate(layout) if BATCH in d), None)
+        if at is None:
+            self.env[inner], self.places[inner] = node, FRONT
+            return
+        before, after = _around_batch(layout[at])
+        alone = (before, after) == (1, 1)
+        if self.in_front:
+            self.env[inner] = self.emit(aten.unsqueeze.default, node, at + 1) if alone else node
+            self.places[inner] = FRONT
+        elif alone:
+            self.env[inner] = self.emit(aten.movedim.int, node, 0, at) if at else node
+            self.places[inner] = at
+        else:
+            sizes = _lane_shape(layout)
+            node = self.emit(aten.reshape.default, node, [self.lanes(), *sizes[:at], before, after, *sizes[at + 1 :]])
+            node = self.emit(aten.movedim.int, node, 0, at + 1)
+            sizes = [*sizes[:at], -1, *sizes[at + 1 :]]
+            self.env[inner] = self.emit(aten.reshape.default, node, sizes)
+            self.places[inner] = MIXED
+
+    def _state_out(
+        self, inner: fx.Node, layout: Layout, old: fx.Node, ready: fx.Node | None, spec: StateSpec
+    ) -> fx.Node:
+        """A state lanes first, as it was for lanes that are held."""
+        self.about = old.meta["cofx"]
+        node, place = self.env[inner], self.places[inner]
+        at = next((i for i, d in enumerate(layout) if BATCH in d), None)
+        sizes = _lane_shape(layout)
+        if place is None:
+            node = self.expand(node, len(layout))
+        elif place == MIXED:
+            assert at is not None
+            before, after = _around_batch(layout[at])
+            parted = [*sizes[:at], before, self.lanes(), after, *sizes[at + 1 :]]
+            node = self.emit(aten.movedim.int, self.emit(aten.reshape.default, node, parted), at + 1, 0)
+            node = self.emit(aten.reshape.default, node, [self.lanes(), *sizes])
+        elif place == FRONT:
+            if at is not None and layout[at] == (BATCH,):
+                node = self.emit(aten.squeeze.dim, node, at + 1)
+        elif place:
+            node = self.emit(aten.movedim.int, node, place, 0)
+        if ready is None:
+            return self.emit(aten.clone.default, node, memory_format=torch.contiguous_format, name=f"{spec.name}_out")
+        shaped = self.emit(aten.reshape.default, ready, [-1, *[1] * len(sizes)]) if sizes else ready
+        return self.emit(aten.where.self, shaped, node, old, name=f"{spec.name}_out")
+
+    def _output(self, i: int, inner: fx.Node) -> tuple[fx.Node, LaneOutput]:
+        """An output as the caller gets it."""
+        leaf = self.plan.outputs[i]
+        node, place = self.env[inner], self.places[inner]
+        self.about = inner.meta.get("cofx")
+        single = leaf.value is None or (self.key.frames and leaf.single)
+        time = None if single else leaf.value.layout.time  # type: ignore[union-attr]
+        frames = 1 if leaf.value is None else int(leaf.value.rate * self.key.ticks)
+        rank = self.measured[1][inner].dim()
+        if place == MIXED:
+            raise Ambiguous
+        own = (None, time) if place is None or not self.has_batch else None  # it has no lanes by itself
+        if place is None:
+            node = self.expand(node, rank) if self.batch_first else node
+            place = 0 if self.batch_first else None
+            time = time + 1 if time is not None and self.batch_first else time
+        elif place == FRONT:
+            at = self._output_batch(inner, time)
+            if at is None:
+                place, time = 0, None if time is None else time + 1
+            else:
+                node, place = self.emit(aten.movedim.int, self.emit(aten.squeeze.dim, node, at + 1), 0, at), at
+        model = own if own is not None else (place, time)
+        if self.batch_first and place:
+            node = self.emit(aten.movedim.int, node, place, 0)
+            time = time if time is None or time > place else time + 1
+            place = 0
+        return node, LaneOutput(place, time, frames, *model)
+
+    def _output_batch(self, inner: fx.Node, time: int | None) -> int | None:
+        """Where an output whose lanes lie in front has its own batch dimension, of size one."""
+        if not self.in_front:
+            return None
+        at = next((b for b in self.plan.clock.batch_dims if b is not None), None)
+        shape = self.measured[1][inner].shape
+        if at is not None and time is None and at >= len(shape):
+            at = None
+        return at if at is not None and at < len(shape) and shape[at] == 1 and at != time else None
+
+    def _valid(self, inner: fx.Node | None, ready: fx.Node | None, output: LaneOutput) -> fx.Node:
+        """Whether each frame of an output exists: (lanes, frames), or (lanes,) where it has no time axis."""
+        self.about = None
+        node = None if inner is None else self.env[inner]
+        if node is None:
+            node = ready if ready is not None else self.emit(aten.ge.Scalar, self._counts(), 0)
+            node = self.emit(aten.unsqueeze.default, node, 1)
+        else:
+            if self.places[inner] is None:  # type: ignore[index]
+                node = self.expand(node, 1)
+            if ready is not None:
+                shaped = self.emit(aten.unsqueeze.default, ready, 1)
+                node = self.emit(aten.logical_and.default, shaped, node)
+        if output.time is None:
+            node = self.emit(aten.select.int, node, 1, 0)
+        return self.emit(aten.clone.default, node)
+
+    def _counts(self) -> fx.Node:
+        return self.emit(aten.select.int, self.position, 1, 0)
+
+    # -- lanes -------------------------------------------------------------------------------------------------------
+
+    def expand(self, node: fx.Node, rank: int) -> fx.Node:
+        """Something that all lanes share, once for each."""
+        return self.emit(aten.expand.default, self.emit(aten.unsqueeze.default, node, 0), [self.lanes(), *[-1] * rank])
+
+    def to_front(self, node: fx.Node, at: int) -> fx.Node:
+        """Lanes from a dimension of their own to the front."""
+        node = self.emit(aten.movedim.int, node, at, 0) if at else node
+        return self.emit(aten.unsqueeze.default, node, at + 1)
+
+    def _node(self, node: fx.Node) -> None:
+        """One node of the program, for all lanes."""
+        value = self.measured[1][node]
+        if node.op == "get_attr":
+            self.env[node], self.places[node] = self.graph.node_copy(node), None
+            return
+        if node.target is operator.getitem:
+            source: Any = node.args[0]
+            if isinstance(self.env[source], list):
+                index: Any = node.args[1]
+                self.env[node], self.places[node] = self.env[source][index], self.places[source][index]
+                return
+        if isinstance(value, int):  # a size
+            self.env[node] = value if self.in_front else self.graph.node_copy(node, self.env.__getitem__)
+            self.places[node] = None
+            return
+        places = [p for n in node.all_input_nodes for p in pytree.tree_leaves(self.places[n], is_leaf=_is_place)]
+        if node.target in _FACTORIES:
+            places = [None]
+        if FRONT not in places:
+            place = None if self.in_front else self._place(node)
+            kept = [p is not None for p in pytree.tree_leaves(place, is_leaf=_is_place)]
+            if all(kept) or all(p is None for p in places):
+                self.env[node] = self.graph.node_copy(node, self.env.__getitem__)
+                self.places[node] = place
+                return
+        if MIXED in places:
+            raise Ambiguous
+        if not self._pointwise(node):
+            self._vmapped(node)
+
+    def _pointwise(self, node: fx.Node) -> bool:
+        """A pointwise op: lanes that lie in front are taken into the batch dimension of the result, if it has one."""
+        target, value = node.target, self.measured[1][node]
+        if not (isinstance(target, torch._ops.OpOverload) and torch.Tag.pointwise in target.tags):
+            return False
+        if not isinstance(value, torch.Tensor):
+            return False
+        arguments = [n for n in node.all_input_nodes if isinstance(self.measured[1][n], torch.Tensor)]
+        fronts = [n for n in arguments if self.places[n] == FRONT]
+        dtypes = {self.measured[1][n].dtype for n in arguments}
+        if len(dtypes) > 1 and any(self.measured[1][n].dim() == 0 for n in fronts):
+            return False  # a number does not decide the result's dtype, a vector may
+        place = FRONT if self.in_front else self._place(node)
+        if place == MIXED:
+            return False
+        place = FRONT if place is None else place
+        if place == FRONT and any(self.places[n] not in (FRONT, None) for n in arguments):
+            return False
+        moved = {n: self._aligned(n, value.dim(), place) for n in fronts}
+        self.env[node] = self.graph.node_copy(node, lambda n: moved.get(n, self.env[n]))
+        self.places[node] = place
+        return True
+
+    def _aligned(self, node: fx.Node, rank: int, place: int) -> fx.Node:
+        """Something with its lanes in front, broadcast to a rank, with its lanes at a dimension if `place` is one."""
+        key = (node, rank, place)
+        if key not in self.aligned:
+            shape = [1] * (rank - self.measured[1][node].dim()) + list(self.measured[1][node].shape)
+            if place != FRONT:
+                shape[place] = -1
+                sizes = [-1, *[s for i, s in enumerate(shape) if i != place]]
+                new = self.emit(aten.reshape.default, self.env[node], sizes)
+                new = self.emit(aten.movedim.int, new, 0, place) if place else new
+            elif rank == self.measured[1][node].dim():
+                new = self.env[node]
+            else:
+                new = self.emit(aten.reshape.default, self.env[node], [-1, *shape])
+            self.aligned[key] = new
+        return self.aligned[key]
+
+    # -- vmap --------------------------------------------------------------------------------------------------------
+
+    def _vmapped(self, node: fx.Node) -> None:
+        """Any op: what `torch.vmap` makes of it, traced for two batch sizes to keep the batch open."""
+        flat, spec = pytree.tree_flatten((node.args, node.kwargs))
+        flat = [self.measured[1][a] if isinstance(a, fx.Node) and isinstance(self.measured[1][a], int) else a
+                for a in flat]  # fmt: skip
+        tensors = [i for i, a in enumerate(flat) if isinstance(a, fx.Node)]
+        places = [self.places[flat[i]] for i in tensors]
+        if any(isinstance(p, (tuple, list)) or p == MIXED for p in places):
+            raise Ambiguous
+        leaves, out_spec = pytree.tree_flatten(self.measured[1][node])
+        if self.in_front:
+            targets: list[Place] = [FRONT] * len(leaves)
+        else:
+            targets = [FRONT if p is None or p == MIXED else p for p in self._leaf_places(node)]
+        here = {n: self.measured[1][flat[n]] for n in tensors}
+        key = (
+            node.target,
+            str(spec),
+            tuple((tuple(here[i].shape), here[i].dtype) if i in here else repr(a) for i, a in enumerate(flat)),
+            tuple(places),
+            tuple(targets),
+        )
+        if key not in self.traces:
+            self.traces[key] = self._trace(node.target, flat, spec, tensors, places, targets)
+        traced, slopes = self.traces[key]
+        arguments = [self.env[flat[i]] for i in tensors]
+        results = self._inline(traced, slopes, arguments)
+        self.env[node] = results[0] if isinstance(leaves, list) and out_spec.is_leaf() else results
+        self.places[node] = targets[0] if out_spec.is_leaf() else targets
+
+    def _leaf_places(self, node: fx.Node) -> list[Place]:
+        two, three = (pytree.tree_leaves(self.measured[b][node]) for b in (2, 3))
+        return [_moved(a, b) for a, b in zip(two, three, strict=True)]
+
+    def _trace(
+        self, target: Any, flat: list[Any], spec: Any, tensors: list[int], places: list[Place], targets: list[Place]
+    ) -> tuple[fx.Graph, dict[tuple[fx.Node, int], tuple[int, int]]]:
+        """The graph of an op under vmap, and for each of its numbers that follows the lanes the (slope, rest)."""
+
+        def one(*given: torch.Tensor) -> list[torch.Tensor]:
+            filled = list(flat)
+            for i, place, tensor in zip(tensors, places, given, strict=True):
+                filled[i] = tensor.unsqueeze(place) if place not in (None, FRONT) else tensor
+            args, kwargs = pytree.tree_unflatten(filled, spec)
+            return list(pytree.tree_leaves(target(*args, **kwargs)))
+
+        def all_(*given: torch.Tensor) -> list[torch.Tensor]:
+            dims = tuple(0 if p == FRONT else p for p in places)
+            results = torch.vmap(one, in_dims=dims)(*given)
+            return [
+                r if t in (None, FRONT) else r.squeeze(t + 1).movedim(0, t)
+                for r, t in zip(results, targets, strict=True)
+            ]
+
+        graphs = []
+        for lanes in (2, 3):
+            with self.fake, torch.no_grad():
+                given = [self._lane_example(flat[i], p, lanes) for i, p in zip(tensors, places, strict=True)]
+                with _no_loops():
+                    graphs.append(make_fx(all_)(*given).graph)
+        return graphs[0], _slopes(*graphs)
+
+    def _lane_example(self, node: fx.Node, place: Place, lanes: int) -> torch.Tensor:
+        one: FakeTensor = self.measured[1][node]
+        shape = list(one.shape)
+        if place == FRONT:
+            shape = [lanes, *shape]
+        elif place is not None:
+            shape[place] = lanes
+        return torch.zeros(shape, dtype=one.dtype)
+
+    def _inline(
+        self, traced: fx.Graph, slopes: dict[tuple[fx.Node, int], tuple[int, int]], arguments: list[fx.Node]
+    ) -> list[fx.Node]:
+        """A traced graph put in here."""
+        env: dict[fx.Node, fx.Node] = {}
+        given = iter(arguments)
+        for node in traced.nodes:
+            if node.op == "placeholder":
+                env[node] = next(given)
+            elif node.op == "output":
+                return [env[n] for n in pytree.tree_leaves(node.args[0])]
+            elif node.op == "call_function":
+                if node.target is aten.detach.default:
+                    env[node] = env[node.args[0]]
+                    continue
+                flat, spec = pytree.tree_flatten((node.args, node.kwargs))
+                flat = [
+                    self._lane_number(*slopes[node, i]) if (node, i) in slopes else map_arg(a, env.__getitem__)
+                    for i, a in enumerate(flat)
+                ]
+                args, kwargs = pytree.tree_unflatten(flat, spec)
+                env[node] = self.emit(node.target, *args, **kwargs)
+            else:
+                raise Ambiguous
+        raise AssertionError("a graph without output")
+
+    def _lane_number(self, slope: int, rest: int) -> Any:
+        product = self.lanes() if slope == 1 else self.emit(operator.mul, self.lanes(), slope)
+        return product if rest == 0 else self.emit(operator.add, product, rest)
+
+
+def _slopes(two: fx.Graph, three: fx.Graph) -> dict[tuple[fx.Node, int], tuple[int, int]]:
+    """The numbers in which the traces for two and for three lanes differ, as (slope, rest) of the number of lanes."""
+    found: dict[tuple[fx.Node, int], tuple[int, int]] = {}
+    if len(two.nodes) != len(three.nodes):
+        raise Ambiguous
+    for a, b in zip(two.nodes, three.nodes, strict=True):
+        here, there = pytree.tree_leaves((a.args, a.kwargs)), pytree.tree_leaves((b.args, b.kwargs))
+        if a.target != b.target and a.op == "call_function" or len(here) != len(there):
+            raise Ambiguous
+        for i, (x, y) in enumerate(zip(here, there, strict=True)):
+            if isinstance(x, int) and not isinstance(x, bool) and x != y:
+                found[a, i] = (y - x, 3 * x - 2 * y)
+    return found
+
+
+def _moved(two: Any, three: Any) -> Place:
+    """Where the lanes of a tensor lie, from its shapes for a batch of two and of three."""
+    if not isinstance(two, torch.Tensor):
+        return None
+    moving = [i for i, (a, b) in enumerate(zip(two.shape, three.shape, strict=True)) if a != b]
+    if not moving:
+        return None
+    if len(moving) > 1:
+        raise Ambiguous
+    return moving[0] if (two.shape[moving[0]], three.shape[moving[0]]) == (2, 3) else MIXED
+
+
+@contextlib.contextmanager
+def _no_loops() -> Iterator[None]:
+    """Where vmap has no rule for an op it would loop over the lanes: let it raise instead."""
+    functorch: Any = torch._C._functorch
+    before = functorch._is_vmap_fallback_enabled()
+    functorch._set_vmap_fallback_enabled(False)
+    try:
+        yield
+    finally:
+        functorch._set_vmap_fallback_enabled(before)
+
+
+def _is_place(x: Any) -> bool:
+    return x is None or isinstance(x, int)
+
+
+def _attributes(module: fx.GraphModule) -> list[tuple[str, Any]]:
+    return [(str(n.target), getattr(module, str(n.target))) for n in module.graph.nodes if n.op == "get_attr"]

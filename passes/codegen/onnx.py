@@ -1,0 +1,332 @@
+"""Code generation: the lane program as an ONNX file that is right from the first frame in any runtime.
+
+Inputs are the model's own (batch first, with a time axis of so many frames), ``state_in_000``, ... and, with controls,
+``start``, ``ready`` and ``length`` of shape (batch, 1). Outputs are the model's own, ``<name>_valid`` (batch, frames),
+and ``state_out_000``, ... in the order of the states that they follow. A state of zeros is a stream that has not begun.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import re
+import tempfile
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import fx, nn
+from torch._decomp import decomposition_table
+from torch.utils import _pytree as pytree
+
+from ..errors import CompileError
+from ..schedule_delays import Schedule
+from .lanes import LaneProgram, generate_lanes, lane_schedule
+
+if TYPE_CHECKING:
+    from ..pipeline import Plan
+
+aten = torch.ops.aten
+
+FORMAT = 1  # of the metadata
+OPSET = 18
+LARGEST = 2_000_000_000  # bytes in one file
+CONTROLS = {"start": torch.bool, "ready": torch.bool, "length": torch.int64}
+
+
+class OnnxError(CompileError):
+    """The step program has no ONNX form; the message names the ops."""
+
+
+@dataclass(frozen=True)
+class OnnxNames:
+    """What goes in and comes out, by name and in order."""
+
+    inputs: list[str]
+    states_in: list[str]
+    controls: list[str]
+    outputs: list[str]
+    states_out: list[str]
+
+    @property
+    def arguments(self) -> list[str]:
+        """All inputs of the graph."""
+        return [*self.inputs, *self.states_in, *self.controls]
+
+    @property
+    def results(self) -> list[str]:
+        """All outputs of the graph."""
+        return [*self.outputs, *(f"{n}_valid" for n in self.outputs), *self.states_out]
+
+
+class _Step(nn.Module):
+    """The lane program with its arguments and results in the file's order."""
+
+    def __init__(self, program: LaneProgram, controls: bool) -> None:
+        super().__init__()
+        self.module, self.controls = program.module, controls
+        self.inputs, self.states = len(program.inputs), len(program.states)
+
+    def forward(self, *arguments: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Inputs, states, controls -> outputs, validity, states."""
+        states = arguments[self.inputs : self.inputs + self.states]
+        controls = arguments[self.inputs + self.states :]
+        results, valid, after = self.module(*arguments[: self.inputs], *controls, *states)
+        return (*results, *valid, *after)
+
+
+def export_onnx(
+    plan: Plan,
+    path: str | os.PathLike[str],
+    about: dict[str, Any],
+    *,
+    ticks: int | None = None,
+    dynamic_batch: bool = True,
+    opset: int | None = None,
+    controls: bool = True,
+) -> None:
+    """Write the step program of a plan to a file, checked by onnx; a failure leaves no file behind.
+
+    Args:
+        plan: traced with an open batch size, or with a batch of one.
+        path: of the file. What it holds beyond 2 GB goes to a file beside it.
+        about: what else the metadata tells.
+        ticks: per call, a multiple of the period; default one period.
+        dynamic_batch: the batch size is left open; else it is one.
+        opset: version of the operator set, 18 or later.
+        controls: the graph takes start, ready and length.
+
+    Raises:
+        OnnxError: an op has no ONNX form.
+        ImportError: onnx and onnxscript are not installed.
+    """
+    import onnx
+
+    ticks = lane_schedule(plan).period if ticks is None else ticks
+    device = next((t.device for t in plan.constants.tensors.values()), torch.device("cpu"))
+    with torch.no_grad():
+        program = generate_lanes(plan, ticks, device, controls=controls, batch_first=True)
+    names = _names(plan, program, controls)
+    model = _convert(plan, program, names, controls, dynamic_batch, OPSET if opset is None else opset)
+    _describe(model, plan, program, names, about, controls)
+    _save(onnx, model, os.fspath(path))
+
+
+def _names(plan: Plan, program: LaneProgram, controls: bool) -> OnnxNames:
+    """Unique names for everything."""
+    structure = pytree.tree_unflatten(list(range(len(plan.outputs))), plan.out_spec)
+    outputs = [f"output_{i}" if len(plan.outputs) > 1 else "output" for i in range(len(plan.outputs))]
+    if isinstance(structure, dict):
+        for keys, i in pytree.tree_flatten_with_path(structure)[0]:
+            outputs[i] = "_".join(re.sub(r"\W", "_", str(getattr(k, "key", getattr(k, "idx", k)))) for k in keys)
+    count = len(program.states)
+    taken: set[str] = {*CONTROLS, *(f"state_{w}_{i:03d}" for w in ("in", "out") for i in range(count))}
+
+    def unique(name: str, *suffixes: str) -> str:
+        while any(name + s in taken for s in ("", *suffixes)):
+            name += "_"
+        taken.update(name + s for s in ("", *suffixes))
+        return name
+
+    return OnnxNames(
+        [unique(i.name) for i in program.inputs],
+        [f"state_in_{i:03d}" for i in range(count)],
+        list(CONTROLS) if controls else [],
+        [unique(n, "_valid") for n in outputs],
+        [f"state_out_{i:03d}" for i in range(count)],
+    )
+
+
+def _convert(
+    plan: Plan, program: LaneProgram, names: OnnxNames, controls: bool, dynamic_batch: bool, opset: int
+) -> Any:
+    """The program as an ONNX model."""
+    lanes = 2 if dynamic_batch else 1
+    device = program.device
+    arguments = [_example(i.shape, i.batch, i.dtype, lanes, device) for i in program.inputs]
+    arguments += [torch.zeros(s.shape(lanes), dtype=s.dtype, device=device) for s in program.states]
+    arguments += [torch.ones(lanes, 1, dtype=CONTROLS[n], device=device) for n in names.controls]
+    batched = [i.batch is not None for i in program.inputs] + [True] * (len(arguments) - len(program.inputs))
+    dims = [{0: torch.export.Dim("batch", min=1)} if b and dynamic_batch else {} for b in batched]
+    step = _Step(program, controls).eval()
+    with torch.no_grad(), _quiet():
+        try:
+            exported = torch.export.export(step, tuple(arguments), dynamic_shapes=(tuple(dims),), strict=False)
+            if table := _without_form(exported.graph):
+                exported = exported.run_decompositions(table)
+            converted = torch.onnx.export(
+                exported,
+                dynamo=True,
+                opset_version=opset,
+                input_names=names.arguments,
+                output_names=names.results,
+                verbose=False,
+            )
+        except torch.onnx.errors.OnnxExporterError as error:
+            raise OnnxError(_blame(program, error)) from error
+    assert converted is not None
+    model = converted.model_proto
+    if dynamic_batch:
+        _rename_batch(model)
+    return model
+
+
+def _without_form(graph: fx.Graph) -> dict[Any, Any]:
+    """Decompositions of ops that ONNX has, but not in the way in which they are called."""
+    projected = any(
+        n.target is aten.lstm.input and len({h.meta["val"].shape[-1] for h in n.args[1]}) > 1 for n in graph.nodes
+    )
+    return {aten.lstm.input: decomposition_table[aten.lstm.input]} if projected else {}
+
+
+def _rename_batch(model: Any) -> None:
+    """The open batch size by its name, instead of the exporter's symbol for it."""
+    symbol = (
+        next(v for v in model.graph.input if v.name.startswith("state_in_")).type.tensor_type.shape.dim[0].dim_param
+    )
+    for value in (*model.graph.input, *model.graph.output, *model.graph.value_info):
+        for d in value.type.tensor_type.shape.dim:
+            if d.dim_param:
+                d.dim_param = re.sub(rf"\b{symbol}\b", "batch", d.dim_param)
+
+
+def _example(shape: Sequence[int], batch: int | None, dtype: torch.dtype, lanes: int, device: Any) -> torch.Tensor:
+    sizes = [lanes if i == batch else s for i, s in enumerate(shape)]
+    return torch.zeros(sizes, dtype=dtype, device=device)
+
+
+def _blame(program: LaneProgram, error: BaseException) -> str:
+    """The ops that have no ONNX form, from what the exporter says."""
+    chain, said = error, []
+    while chain is not None:
+        said.append(str(chain))
+        chain = chain.__cause__ or chain.__context__  # type: ignore[assignment]
+    ops = sorted(set(re.findall(r"aten[.:]+\w+(?:\.\w+)?", " ".join(said))))
+    text = ", ".join(ops) if ops else said[-1].strip().splitlines()[0]
+    return f"the step program has no ONNX form: {text}"
+
+
+def _describe(
+    model: Any, plan: Plan, program: LaneProgram, names: OnnxNames, about: dict[str, Any], controls: bool
+) -> None:
+    """Put what a runtime needs to know into the file."""
+    stacked = next(v.layout.time for _, v in plan.inputs if v is not None)
+    outputs = []
+    for leaf, name, out, given in zip(plan.outputs, names.outputs, program.outputs, about["outputs"], strict=True):
+        batch, time = out.model_batch, out.model_time
+        if leaf.clip and time is not None:  # put where the input has time
+            rank = len(leaf.node.meta["sizes"][0]) + 1
+            to = min(stacked, rank - 1)
+            batch = batch if batch is None else batch - 1 + (batch - 1 >= to)
+            time = to
+        outputs.append(
+            {
+                **given,
+                "name": name,
+                "valid": f"{name}_valid",
+                "time_axis": out.time,
+                "frames": out.frames,
+                "timed": leaf.value is not None,
+                "single": leaf.single,
+                "model_axes": {"batch": batch, "time": time},
+            }
+        )
+    inputs = []
+    for i, (name, given) in enumerate(zip(names.inputs, program.inputs, strict=True)):
+        value = plan.inputs[i][1]
+        inputs.append(
+            {
+                "name": name,
+                "shape": ["batch" if d == given.batch else s for d, s in enumerate(given.shape)],
+                "dtype": _dtype(given.dtype),
+                "time_axis": given.time,
+                "frames_per_tick": 0 if value is None else int(value.rate),
+                "model_axes": {"batch": plan.clock.batch_dims[i], "time": plan.clock.time_dims[i]},
+            }
+        )
+    states = [
+        {
+            "name": i,
+            "out": o,
+            "key": s.name,
+            "shape": ["batch", *s.shape(1)[1:]],
+            "dtype": _dtype(s.dtype),
+            "holds": s.holds,
+        }
+        for i, o, s in zip(names.states_in, names.states_out, program.states, strict=True)
+    ]
+    meta = {
+        "format": FORMAT,
+        **{k: v for k, v in about.items() if k != "outputs"},
+        "frames_per_step": program.ticks,
+        "period": plan.schedule.period,
+        "flush_calls": program.flush_calls,
+        "limit": _limit(lane_schedule(plan)),
+        "controls": controls,
+        "structure": _structure(pytree.tree_unflatten(list(range(len(plan.outputs))), plan.out_spec)),
+        "inputs": inputs,
+        "outputs": outputs,
+        "states": states,
+    }
+    entry = model.metadata_props.add()
+    entry.key, entry.value = "cofx", json.dumps(meta)
+
+
+def _limit(schedule: Schedule) -> int | None:
+    """Ticks that a stream may have before a table of positions runs out."""
+    limits = []
+    for op in schedule.graph.ops:
+        if op.limit is not None:
+            n = 0
+            while schedule.count(op.outputs[0], n + 1) <= op.limit:
+                n += 1
+            limits.append(n)
+    return min(limits, default=None)
+
+
+def _structure(nested: Any) -> Any:
+    """The structure of the model's output as JSON: the number of a leaf, or a list, tuple or dict of such."""
+    if isinstance(nested, int):
+        return nested
+    if isinstance(nested, dict):
+        return {"dict": [[k, _structure(v)] for k, v in nested.items()]}
+    kind = "list" if isinstance(nested, list) else "tuple"
+    return {kind: [_structure(v) for v in nested] if isinstance(nested, (list, tuple)) else pytree.tree_leaves(nested)}
+
+
+def _dtype(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _save(onnx: Any, model: Any, path: str) -> None:
+    """Check the model, then put it in place all at once."""
+    folder = os.path.dirname(os.path.abspath(path))
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".cofx-") as scratch:
+        draft = os.path.join(scratch, os.path.basename(path))
+        if model.ByteSize() > LARGEST:
+            onnx.save(model, draft, save_as_external_data=True, location=os.path.basename(path) + ".data")
+        else:
+            onnx.save(model, draft)
+        onnx.checker.check_model(draft, full_check=True)
+        for name in sorted(os.listdir(scratch), reverse=True):  # the data before the graph that needs it
+            os.replace(os.path.join(scratch, name), os.path.join(folder, name))
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """What the exporter tells of its work is not the caller's business."""
+    loggers = [logging.getLogger(n) for n in ("torch.onnx", "onnxscript", "torch.export")]
+    levels = [logger.level for logger in loggers]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for logger in loggers:
+            logger.setLevel(logging.ERROR)
+        try:
+            yield
+        finally:
+            for logger, level in zip(loggers, levels, strict=True):
+                logger.setLevel(level)

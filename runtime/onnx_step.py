@@ -1,0 +1,616 @@
+"""A step model in an ONNX file, run by ONNX Runtime on numpy arrays. Imports neither torch nor onnx.
+
+::
+
+    step = OnnxStep("step.onnx")
+    y = step.forward_step(x)
+
+The surface is that of the PyTorch step model (`cofx.StepModule`). State lives in two sets of buffers that are bound
+once and swapped: a step reads one and writes the other, so that a call that fails leaves the streams where they were.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from fractions import Fraction
+from typing import Any
+
+import numpy as np
+import onnxruntime as ort
+
+from .errors import InputError, StateError
+
+FORMAT = 1
+POSITION = "position"
+Array = np.ndarray[Any, Any]
+
+
+def _number(value: int | str) -> int | float | Fraction:
+    return value if isinstance(value, int) else float(value) if value == "inf" else Fraction(value)
+
+
+class _Buffers:
+    """Everything that is bound for one batch size: inputs, controls, outputs, and two sets of states."""
+
+    def __init__(self, session: ort.InferenceSession, meta: Mapping[str, Any], lanes: int) -> None:
+        self.session, self.lanes = session, lanes
+        self.inputs = {i["name"]: _zeros(i["shape"], i["dtype"], lanes) for i in meta["inputs"]}
+        self.controls: dict[str, Array] = {}
+        for name in ("start", "ready", "length") if meta["controls"] else ():
+            self.controls[name] = np.zeros((lanes, 1), np.int64 if name == "length" else np.bool_)
+        self.outputs = {
+            o.name: _zeros([d if isinstance(d, int) else "batch" for d in o.shape], _NAMES[o.type], lanes)
+            for o in session.get_outputs()
+            if not o.name.startswith("state_out_")
+        }
+        self.states = [[_zeros(s["shape"], s["dtype"], lanes) for s in meta["states"]] for _ in range(2)]
+        self.bindings = []
+        for old, new in (self.states, self.states[::-1]):
+            binding = session.io_binding()
+            for name, array in (*self.inputs.items(), *self.controls.items()):
+                binding.bind_ortvalue_input(name, _ort(array))
+            for name, array in self.outputs.items():
+                binding.bind_ortvalue_output(name, _ort(array))
+            for spec, a, b in zip(meta["states"], old, new, strict=True):
+                binding.bind_ortvalue_input(spec["name"], _ort(a))
+                binding.bind_ortvalue_output(spec["out"], _ort(b))
+            self.bindings.append(binding)
+        self.current = 0
+
+    @property
+    def state(self) -> list[Array]:
+        """The states as they are now."""
+        return self.states[self.current]
+
+    def run(self) -> None:
+        """One call; the states after it become the current ones by `keep`."""
+        self.session.run_with_iobinding(self.bindings[self.current])
+
+    def keep(self) -> None:
+        """The last call's states are the current ones."""
+        self.current = 1 - self.current
+
+
+_NAMES = {
+    "tensor(float)": "float32",
+    "tensor(double)": "float64",
+    "tensor(float16)": "float16",
+    "tensor(int64)": "int64",
+    "tensor(int32)": "int32",
+    "tensor(int16)": "int16",
+    "tensor(int8)": "int8",
+    "tensor(uint8)": "uint8",
+    "tensor(bool)": "bool",
+}
+
+
+def _zeros(shape: Sequence[Any], dtype: str, lanes: int) -> Array:
+    return np.zeros([lanes if d == "batch" else d for d in shape], dtype)
+
+
+def _ort(array: Array) -> Any:
+    """The array itself as ONNX Runtime sees it."""
+    return ort.OrtValue.ortvalue_from_numpy(array)
+
+
+class OnnxStep:
+    """A step model in an ONNX file, made by ``StepModule.to_onnx``.
+
+    Not to be used from two threads at once. Arrays have the shapes that the PyTorch step model takes and gives.
+
+    Args:
+        path: of the file.
+        threads: that one call may use.
+        providers: execution providers of ONNX Runtime; their inputs and outputs are in the host's memory.
+
+    Raises:
+        InputError: the file is no step model of a version that is understood.
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        threads: int = 1,
+        providers: Sequence[str] = ("CPUExecutionProvider",),
+    ) -> None:
+        options = ort.SessionOptions()
+        options.intra_op_num_threads = threads
+        options.inter_op_num_threads = 1
+        options.log_severity_level = 3
+        try:
+            self.session = ort.InferenceSession(os.fspath(path), options, providers=list(providers))
+        except Exception as error:
+            raise InputError(f"{os.fspath(path)} cannot be run by ONNX Runtime: {error}") from error
+        try:
+            self.meta = json.loads(self.session.get_modelmeta().custom_metadata_map["cofx"])
+            fits = self.meta["format"] == FORMAT
+        except (KeyError, ValueError, TypeError) as error:
+            raise InputError(f"{os.fspath(path)} was not made by StepModule.to_onnx") from error
+        if not fits:
+            raise InputError(f"{os.fspath(path)} has format {self.meta['format']}; this version reads {FORMAT}")
+        self.frames_per_step: int = self.meta["frames_per_step"]
+        self._rates = [i["frames_per_tick"] for i in self.meta["inputs"]]
+        self._batched = any(i["model_axes"]["batch"] is not None for i in self.meta["inputs"])
+        self._pinned = self.session.get_inputs()[len(self.meta["inputs"])].shape[0]
+        self._buffers: _Buffers | None = None
+        self._ended = False  # in the middle of a call's frames
+        self._held: list[Array] = []  # the last call's inputs without time
+
+    # -- calls -------------------------------------------------------------------------------------------------------
+
+    def forward_step(
+        self, *frames: Array, update_state: bool = True, start: Any = None, ready: Any = None, length: Any = None
+    ) -> Any:
+        """Take one frame of each input (without time axis); see `StepModule.forward_step`.
+
+        Returns:
+            the frame that is due, or None; with `start`, `ready` or `length` given, ``(y, valid)``.
+        """
+        if self.frames_per_step != 1:
+            raise self._whole(1)
+        chunks = []
+        for x, info, rate in zip(frames, self.meta["inputs"], self._rates, strict=False):
+            time = info["model_axes"]["time"]
+            one = rate == 1 and time is not None and isinstance(x, np.ndarray) and x.ndim >= time
+            chunks.append(np.expand_dims(x, time) if one else x)
+        chunks += frames[len(chunks) :]
+        return self._call(chunks, 1, True, update_state, {"start": start, "ready": ready, "length": length})
+
+    def forward_steps(
+        self,
+        *chunks: Array,
+        pad_end: bool = False,
+        update_state: bool = True,
+        start: Any = None,
+        ready: Any = None,
+        length: Any = None,
+    ) -> Any:
+        """Take a number of frames; see `StepModule.forward_steps`.
+
+        They are a multiple of `frames_per_step`, but before the end (`pad_end`), after which a new stream begins with
+        `clean_state` unless they are. With lanes, they are just `frames_per_step`.
+
+        Returns:
+            the outputs that are due, with time axis, or None; with `start`, `ready` or `length`, ``(y, valid)``.
+        """
+        controls = {"start": start, "ready": ready, "length": length}
+        ticks = self._ticks(chunks)
+        if any(c is not None for c in controls.values()):
+            if pad_end:
+                raise InputError("pad_end ends all streams of a batch at once; give the lanes' length instead")
+            return self._call(list(chunks), ticks, False, update_state, controls)
+        self._together()
+        buffers = self._checked(chunks, ticks)
+        left = ticks % self.frames_per_step
+        if (left and not pad_end) or ticks < 1:
+            raise self._whole(ticks)
+        self._within_table(buffers, ticks, {})
+        before = self._copy(buffers)
+        parts: list[list[Array]] = [[] for _ in self.meta["outputs"]]
+        try:
+            for at in range(0, ticks - left, self.frames_per_step):
+                self._advance(buffers, self._part(chunks, at, self.frames_per_step), {}, parts)
+            after = self._copy(buffers)
+            if pad_end:
+                rest = self._part(chunks, ticks - left, left) if left else None
+                self._flush(buffers, chunks, rest, left, parts)
+        except BaseException:
+            self._restore(buffers, before)
+            raise
+        self._restore(buffers, after if update_state else before)
+        if update_state:
+            self._ended = bool(left)
+            self._held = [x for x, rate in zip(chunks, self._rates, strict=True) if not rate]
+        return self._due(parts, frames=False)
+
+    def flush(self) -> Any:
+        """The stream has ended: what is still due, with time axis, or None. The state stays as it is."""
+        buffers = self._buffers
+        if buffers is None or not buffers.state[0][:, 0].any():
+            return None
+        self._together()
+        parts: list[list[Array]] = [[] for _ in self.meta["outputs"]]
+        before = self._copy(buffers)
+        try:
+            self._flush(buffers, self._blank(buffers.lanes), None, 0, parts)
+        finally:
+            self._restore(buffers, before)
+        return self._due(parts, frames=False)
+
+    def _call(
+        self, chunks: list[Array], ticks: int, frames: bool, update_state: bool, controls: Mapping[str, Any]
+    ) -> Any:
+        """One call of the graph."""
+        lanes = any(c is not None for c in controls.values())
+        if not lanes:
+            self._together()
+        if ticks != self.frames_per_step:
+            raise self._whole(ticks)
+        buffers = self._checked(chunks, ticks)
+        given = self._controls(controls, buffers.lanes) if lanes else {}
+        self._within_table(buffers, ticks, given)
+        parts: list[list[Array]] = [[] for _ in self.meta["outputs"]]
+        self._fill(buffers, chunks, given)
+        buffers.run()
+        if update_state:
+            buffers.keep()
+            self._held = [x for x, rate in zip(chunks, self._rates, strict=True) if not rate]
+        if not lanes:
+            self._collect(buffers, parts)
+            return self._due(parts, frames)
+        y, valid = [], []
+        for info in self.meta["outputs"]:
+            y.append(self._shaped(info, buffers.outputs[info["name"]], frames).copy())
+            exists = buffers.outputs[info["valid"]]
+            untimed = not info["timed"] or (frames and info["single"])
+            valid.append(exists[:, 0].copy() if untimed else exists.copy())
+        return self._packed(y), self._packed(valid)
+
+    # -- inside a call -----------------------------------------------------------------------------------------------
+
+    def _ticks(self, chunks: Sequence[Any]) -> int:
+        for x, info, rate in zip(chunks, self.meta["inputs"], self._rates, strict=False):
+            time = info["model_axes"]["time"]
+            if rate and isinstance(x, np.ndarray) and x.ndim > time:
+                return int(x.shape[time]) // int(rate)
+        return 1
+
+    def _checked(self, chunks: Sequence[Any], ticks: int) -> _Buffers:
+        """The buffers for these inputs.
+
+        Raises:
+            InputError: the inputs do not fit.
+        """
+        infos = self.meta["inputs"]
+        if self._ended:
+            raise InputError("the stream has ended: begin a new one with clean_state()")
+        if len(chunks) != len(infos):
+            names = ", ".join(i["name"] for i in infos)
+            raise InputError(f"{len(infos)} inputs are needed ({names}), {len(chunks)} were given")
+        lanes = None if self._buffers is None else self._buffers.lanes
+        for x, info, rate in zip(chunks, infos, self._rates, strict=True):
+            if not isinstance(x, np.ndarray):
+                raise InputError(f"input '{info['name']}' is a {type(x).__name__}, not an array")
+            if str(x.dtype) != info["dtype"]:
+                raise InputError(f"input '{info['name']}' has dtype {x.dtype}, the model takes {info['dtype']}")
+            shape = self._model_shape(info, ticks * rate)
+            batch = info["model_axes"]["batch"]
+            if batch is not None:
+                if lanes is None and x.ndim == len(shape):
+                    lanes = int(x.shape[batch])
+                shape[batch] = lanes
+            if tuple(x.shape) != tuple(shape):
+                raise InputError(
+                    f"input '{info['name']}' has shape {tuple(x.shape)}, expected {tuple(shape)} for {ticks} ticks"
+                )
+        lanes = 1 if lanes is None else lanes
+        if isinstance(self._pinned, int) and lanes != self._pinned:
+            raise InputError(f"this file was exported for a batch of {self._pinned}, not {lanes}")
+        if self._buffers is None:
+            self._buffers = _Buffers(self.session, self.meta, lanes)
+        return self._buffers
+
+    def _model_shape(self, info: Mapping[str, Any], frames: int) -> list[Any]:
+        """The shape of an input as the model takes it; None for the batch."""
+        shape: list[Any] = list(info["shape"])
+        batch, time = info["model_axes"]["batch"], info["model_axes"]["time"]
+        if shape[:1] == ["batch"]:
+            shape = shape[1:]
+            if batch is not None:
+                shape.insert(batch, None)
+        if time is not None:
+            shape[time] = frames
+        return shape
+
+    def _part(self, chunks: Sequence[Array], start: int, ticks: int) -> list[Array]:
+        out = []
+        for x, info, rate in zip(chunks, self.meta["inputs"], self._rates, strict=True):
+            time = info["model_axes"]["time"]
+            at = [slice(None)] * x.ndim
+            if rate:
+                at[time] = slice(start * rate, (start + ticks) * rate)
+            out.append(x[tuple(at)])
+        return out
+
+    def _fill(self, buffers: _Buffers, chunks: Sequence[Array], controls: Mapping[str, Array]) -> None:
+        """Copy what a call is given into what is bound."""
+        for x, info in zip(chunks, self.meta["inputs"], strict=True):
+            batch = info["model_axes"]["batch"]
+            if info["shape"][:1] == ["batch"]:
+                x = x[None] if batch is None else np.moveaxis(x, batch, 0)
+            np.copyto(buffers.inputs[info["name"]], x)
+        for name, default in (("start", False), ("ready", True), ("length", -1)):
+            if name in buffers.controls:
+                buffers.controls[name][...] = controls.get(name, default)
+
+    def _advance(
+        self, buffers: _Buffers, chunks: Sequence[Array], controls: Mapping[str, Any], parts: list[list[Array]]
+    ) -> None:
+        """One call for all lanes together, its valid frames appended to `parts`."""
+        self._fill(buffers, chunks, controls)
+        buffers.run()
+        buffers.keep()
+        self._collect(buffers, parts)
+
+    def _collect(self, buffers: _Buffers, parts: list[list[Array]]) -> None:
+        """Append the frames of the last call that exist; they are the same for all lanes."""
+        for info, part in zip(self.meta["outputs"], parts, strict=True):
+            y = self._shaped(info, buffers.outputs[info["name"]], False)
+            if not info["timed"]:
+                part[:] = [y.copy()]
+                continue
+            exist = np.flatnonzero(buffers.outputs[info["valid"]][0])
+            if exist.size:
+                part.append(np.take(y, exist, axis=info["model_axes"]["time"]))
+
+    def _flush(
+        self, buffers: _Buffers, like: Sequence[Array], rest: list[Array] | None, left: int, parts: list[list[Array]]
+    ) -> None:
+        """Feed what is left, then empty frames until the last output is out."""
+        if not self.meta["controls"]:
+            raise InputError("this file was exported without controls: its streams do not end")
+        end = {"length": int(buffers.state[0][0, 0]) + left}
+        statics = [x for x, rate in zip(like, self._rates, strict=True) if not rate]
+        for call in range(self.meta["flush_calls"] + (rest is not None)):
+            chunks = self._blank(buffers.lanes, statics)
+            if call == 0 and rest is not None:
+                for i, (x, rate) in enumerate(zip(rest, self._rates, strict=True)):
+                    time = self.meta["inputs"][i]["model_axes"]["time"]
+                    if rate:
+                        at = [slice(None)] * x.ndim
+                        at[time] = slice(0, left * rate)
+                        chunks[i][tuple(at)] = x
+            untimed = [list(p) if not o["timed"] else None for p, o in zip(parts, self.meta["outputs"], strict=True)]
+            self._advance(buffers, chunks, end, parts)
+            for part, kept in zip(parts, untimed, strict=True):
+                if kept is not None and rest is None:
+                    part[:] = kept
+
+    def _blank(self, lanes: int, statics: Sequence[Array] | None = None) -> list[Array]:
+        """Empty frames for one call; inputs without time as they were."""
+        held = iter(self._held if statics is None else statics)
+        out = []
+        for info, rate in zip(self.meta["inputs"], self._rates, strict=True):
+            if rate:
+                shape = self._model_shape(info, self.frames_per_step * rate)
+                out.append(np.zeros([lanes if s is None else s for s in shape], info["dtype"]))
+            else:
+                out.append(next(held))
+        return out
+
+    def _shaped(self, info: Mapping[str, Any], y: Array, frames: bool) -> Array:
+        """An output of the graph with its axes where the model has them; a view."""
+        axes, time = info["model_axes"], info["time_axis"]
+        batch = axes["batch"]
+        if batch is None:
+            y = y[0]
+            time = None if time is None else time - 1
+        elif time is None:
+            y = np.moveaxis(y, 0, batch)
+        else:
+            y = np.moveaxis(y, (0, time), (batch, axes["time"]))
+            time = axes["time"]
+        if time is not None and time != axes["time"]:
+            y = np.moveaxis(y, time, axes["time"])
+        if frames and info["timed"] and info["single"]:
+            at = self._frame_axis(info, y)
+            y = y[(slice(None),) * at + (0,)]
+        return y
+
+    @staticmethod
+    def _frame_axis(info: Mapping[str, Any], y: Array) -> int:
+        axis: int = info["model_axes"]["time"]
+        return axis % y.ndim
+
+    def _due(self, parts: list[list[Array]], frames: bool) -> Any:
+        """The frames of each output, in the model's structure; None if nothing at all is due."""
+        leaves: list[Array | None] = []
+        for info, part in zip(self.meta["outputs"], parts, strict=True):
+            if not part:
+                leaves.append(None)
+                continue
+            time = info["model_axes"]["time"]
+            y = part[-1] if not info["timed"] else part[0] if len(part) == 1 else np.concatenate(part, time)
+            if frames and info["timed"] and info["single"]:
+                y = y[(slice(None),) * time + (0,)]
+            leaves.append(np.ascontiguousarray(y))
+        timed = [y for y, info in zip(leaves, self.meta["outputs"], strict=True) if info["timed"]]
+        if timed and all(y is None for y in timed):
+            return None
+        return self._packed(leaves)
+
+    def _packed(self, leaves: Sequence[Any]) -> Any:
+        def build(node: Any) -> Any:
+            if isinstance(node, int):
+                return leaves[node]
+            ((kind, entries),) = node.items()
+            if kind == "dict":
+                return {k: build(v) for k, v in entries}
+            return (list if kind == "list" else tuple)(build(e) for e in entries)
+
+        return build(self.meta["structure"])
+
+    # -- lanes -------------------------------------------------------------------------------------------------------
+
+    def _whole(self, ticks: int) -> InputError:
+        n = self.frames_per_step
+        return InputError(
+            f"this file takes {n} frames at a time, not {ticks}: call forward_steps with {n} frames"
+            + (f" (or a multiple of {n}, without lane arguments)" if ticks % n or ticks < 1 else "")
+        )
+
+    def _together(self) -> None:
+        """Raise unless all lanes stand at the same place."""
+        if self._buffers is not None:
+            position = self._buffers.state[0]
+            if (position != position[:1]).any() or (position.shape[1] > 1 and position[:, 1].any()):
+                raise InputError(
+                    "the lanes of this batch go each by itself, so that frames may be valid for some of them only: "
+                    "give start, ready or length (ready=[True, ...] takes them all; length ends a lane), or "
+                    "clean_state()"
+                )
+
+    def _controls(self, given: Mapping[str, Any], lanes: int) -> dict[str, Array]:
+        if not self.meta["controls"]:
+            raise InputError("this file was exported without controls: it has no start, ready or length")
+        out = {}
+        for name, value in given.items():
+            if value is None:
+                continue
+            array = np.asarray(value)
+            kind = "bool" if name != "length" else "whole number"
+            fits = array.dtype == np.bool_ if name != "length" else array.dtype.kind in "iu"
+            if array.shape not in ((lanes,), (lanes, 1)) or not fits:
+                raise InputError(
+                    f"{name} has one {kind} for each of the {lanes} lanes, not {array.dtype} of shape {array.shape}"
+                )
+            out[name] = array.reshape(lanes, 1)
+        return out
+
+    def _within_table(self, buffers: _Buffers, ticks: int, given: Mapping[str, Array]) -> None:
+        """Raise before a table of positions runs out for any lane."""
+        limit = self.meta["limit"]
+        if limit is None:
+            return
+        position = np.where(given.get("start", False), 0, buffers.state[0])
+        count = position[:, :1]
+        told = given.get("length", np.full_like(count, -1))
+        end = np.where(told >= 0, np.maximum(told, count), count + ticks)
+        if position.shape[1] > 1:
+            end = np.where(position[:, 1:] > 0, position[:, 1:] - 1, end)
+        over = (np.minimum(end, count + ticks) > limit) & given.get("ready", np.ones_like(count, bool))
+        if over.any():
+            raise InputError(
+                f"lane {int(np.flatnonzero(over[:, 0])[0])}: the stream is longer than a table of the model, which "
+                f"lasts for {limit} frames; start a new one"
+            )
+
+    # -- state -------------------------------------------------------------------------------------------------------
+
+    def _copy(self, buffers: _Buffers) -> list[Array]:
+        return [a.copy() for a in buffers.state]
+
+    def _restore(self, buffers: _Buffers, arrays: Sequence[Array]) -> None:
+        for mine, given in zip(buffers.state, arrays, strict=True):
+            np.copyto(mine, given)
+
+    def clean_state(self, lanes: Any = None) -> None:
+        """Start a new stream, its batch size may be another; or only these lanes (indices, or a bool for each)."""
+        if lanes is None:
+            self._buffers, self._ended, self._held = None, False, []
+        elif self._buffers is not None:
+            at = _indices(lanes, self._buffers.lanes)
+            for array in self._buffers.state:
+                array[at] = 0
+
+    def get_state(self, lanes: Any = None) -> dict[str, Array]:
+        """A snapshot: a flat dict of named arrays, lanes first, nothing shared; of some lanes, or of all."""
+        if self._buffers is None:
+            if lanes is None:
+                return {}
+            raise InputError("there are no lanes before the first call")
+        at = slice(None) if lanes is None else _indices(lanes, self._buffers.lanes)
+        return {s["key"]: a[at].copy() for s, a in zip(self.meta["states"], self._buffers.state, strict=True)}
+
+    def set_state(self, state: Mapping[str, Any], lanes: Any = None) -> None:
+        """Go on from a snapshot of this step model or of the PyTorch one's lanes; or put it in the place of some lanes.
+
+        Raises:
+            StateError: it belongs to another model; nothing has changed.
+        """
+        if not state and lanes is None:
+            self.clean_state()
+            return
+        specs = self.meta["states"]
+        wanted = {s["key"] for s in specs}
+        if set(state) != wanted:
+            missing, unknown = sorted(wanted - set(state)), sorted(set(state) - wanted)
+            raise StateError(f"the state is of another model: missing {missing}, unknown {unknown}")
+        arrays = [np.asarray(state[s["key"]]) for s in specs]
+        counts = {a.shape[:1] for a in arrays}
+        if len(counts) != 1 or counts == {()}:
+            raise StateError("the state's arrays do not have the same number of lanes")
+        ((count,),) = counts
+        for spec, array in zip(specs, arrays, strict=True):
+            shape = tuple(count if d == "batch" else d for d in spec["shape"])
+            if array.shape != shape or str(array.dtype) != spec["dtype"]:
+                raise StateError(
+                    f"{spec['key']} does not fit: {array.dtype} {array.shape}, expected {spec['dtype']} {shape}"
+                )
+        period = self.meta["period"]
+        if count and (arrays[0].min() < 0 or (arrays[0][:, 0] % period).any()):
+            raise StateError(f"a lane's position is not a number of frames that is a multiple of {period}")
+        if isinstance(self._pinned, int) and lanes is None and count != self._pinned:
+            raise StateError(f"this file was exported for a batch of {self._pinned}, not {count}")
+        if lanes is None:
+            if self._buffers is None or self._buffers.lanes != count:
+                self._buffers = _Buffers(self.session, self.meta, count)
+            self._restore(self._buffers, arrays)
+            self._ended = False
+            return
+        if self._buffers is None:
+            raise StateError("there are no lanes yet: set_state(state) without lanes, or make a first call")
+        at = _indices(lanes, self._buffers.lanes)
+        if at.size != count:
+            raise InputError(f"a state of {count} lanes for {at.size} lanes")
+        for mine, given in zip(self._buffers.state, arrays, strict=True):
+            mine[at] = given
+
+    # -- what is known of it -----------------------------------------------------------------------------------------
+
+    @property
+    def outputs(self) -> list[dict[str, Any]]:
+        """Name, delay, receptive field, stride, padding and equivalence of every output."""
+        numbers = ("delay", "receptive_field", "stride", "padding")
+        return [
+            {"name": o["name"], **{n: _number(o[n]) for n in numbers}, "equivalence": o["equivalence"]}
+            for o in self.meta["outputs"]
+        ]
+
+    @property
+    def delay(self) -> Any:
+        """The index of the first frame with which an output (the first) comes."""
+        return self.outputs[0]["delay"]
+
+    @property
+    def receptive_field(self) -> Any:
+        """Input frames on which a frame of the first output depends."""
+        return self.outputs[0]["receptive_field"]
+
+    @property
+    def stride(self) -> Any:
+        """Input frames per frame of the first output."""
+        return self.outputs[0]["stride"]
+
+    @property
+    def padding(self) -> Any:
+        """``receptive_field - 1 - delay`` of the first output."""
+        return self.outputs[0]["padding"]
+
+    @property
+    def equivalence(self) -> str:
+        """What holds for the first output."""
+        return str(self.outputs[0]["equivalence"])
+
+
+def _indices(lanes: Any, total: int) -> Array:
+    """Lanes given as a list of indices, or as a bool for each, as indices."""
+    given = np.asarray(lanes)
+    if given.dtype == np.bool_:
+        if given.shape != (total,):
+            raise InputError(f"a mask of lanes has shape ({total},), not {given.shape}")
+        return np.flatnonzero(given)
+    given = np.atleast_1d(given)
+    if given.ndim != 1 or (given.size and given.dtype.kind not in "iu"):
+        raise InputError("lanes are a list of indices, or a bool for each lane")
+    given = given.astype(np.int64)
+    if given.size and not (given.min() >= 0 and given.max() < total):
+        raise InputError(f"there are lanes 0 to {total - 1}, not {given.tolist()}")
+    if len(set(given.tolist())) != given.size:
+        raise InputError(f"a lane is named twice: {given.tolist()}")
+    return given
+
+
+__all__ = ["OnnxStep"]

@@ -1,0 +1,94 @@
+"""The ONNX step graph, run by ONNX Runtime without torch, against the PyTorch step model."""
+
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+import cofx
+from cofx.runtime.onnx_step import OnnxStep
+from lane_streams import Batch, Leaves
+from models import SAMPLES
+from streaming import TOLERANCES
+
+BATCHED = [s for s in SAMPLES if s.options.get("batch_dim", 0) is not None]
+
+
+@pytest.fixture(autouse=True)
+def no_grad():
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+def close(a: Tensor, b: Tensor) -> bool:
+    """Within 1e-5 of the tensor's own scale in float32."""
+    tolerance = 1e-5 if b.dtype == torch.float32 else TOLERANCES.get(b.dtype, (0.0, 0.0))[0]
+    scale = max(1.0, float(b.double().abs().max())) if b.numel() else 1.0
+    return a.shape == b.shape and a.dtype == b.dtype and bool(((a - b).double().abs() <= tolerance * scale).all())
+
+
+def exported(sample, path) -> OnnxStep:
+    """The net's file, made from a step model that was compiled with a batch of one."""
+    example = tuple(sample.inputs(sample.clip_length, seed=9, batch=1))
+    step = cofx.compile(sample.model(), example, time_dim=sample.time_dim, **sample.options)
+    step.to_onnx(path)
+    return OnnxStep(path)
+
+
+def onnx_call(step: OnnxStep, sample):
+    """Lane calls of a file: its own number of frames at a time, by frames where that is one."""
+    count = 0
+
+    def call(chunks: list[Tensor], start: list[bool], ready: list[bool], length: list[int]) -> tuple[Leaves, Leaves]:
+        nonlocal count
+        count += 1
+        lanes = {"start": start, "ready": np.array(ready), "length": np.array(length)}
+        if step.frames_per_step == 1 and count % 2:
+            y, valid = step.forward_step(*(x.numpy() for x in sample.frames(chunks, 0)), **lanes)
+        else:
+            y, valid = step.forward_steps(*(x.numpy() for x in chunks), **lanes)
+        return [[torch.from_numpy(a) for a in pytree.tree_leaves(t)] for t in (y, valid)]
+
+    return call
+
+
+@pytest.mark.parametrize("sample", BATCHED, ids=lambda sample: sample.name)
+def test_collection(sample, tmp_path) -> None:
+    """Random lanes; then all lanes together, frame by frame and as one chunk with an end."""
+    step = exported(sample, tmp_path / "step.onnx")
+    batch = Batch(sample, lanes=3, seed=2, same=close)
+    batch.run(onnx_call(step, sample), calls=30, sizes=(1,))
+    assert batch.compared > 10
+    together(step, sample)
+
+
+def together(step: OnnxStep, sample) -> None:
+    """Without lane arguments the surface is that of the PyTorch step model."""
+    twin = cofx.compile(
+        sample.model(), tuple(sample.inputs(sample.clip_length, seed=9)), time_dim=sample.time_dim, **sample.options
+    )
+    clips = sample.inputs(sample.length, batch=2)
+    arrays = [x.numpy() for x in clips]
+    step.clean_state()
+    mine, theirs = step.forward_steps(*arrays, pad_end=True), twin.forward_steps(*clips, pad_end=True)
+    match(mine, theirs)
+    step.clean_state(), twin.clean_state()
+    if step.frames_per_step == 1 and step.delay == twin.delay:
+        for t in range(sample.length):
+            frames = sample.frames(clips, t)
+            match(step.forward_step(*(f.numpy() for f in frames)), twin.forward_step(*frames))
+        match(step.flush(), twin.flush())
+
+
+def match(mine, theirs) -> None:
+    """Two results, arrays and tensors, in one structure."""
+    a, spec_a = pytree.tree_flatten(mine)
+    b, spec_b = pytree.tree_flatten(theirs)
+    assert spec_a == spec_b
+    for x, y in zip(a, b, strict=True):
+        assert (x is None) == (y is None)
+        assert y is None or close(torch.from_numpy(x), y)
