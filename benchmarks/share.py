@@ -53,8 +53,8 @@ def table(rows: list[dict[str, Any]]) -> str:
         f"Made by `benchmarks/share.py` with torch {torch.__version__.partition('+')[0]}. Of {len(rows)} nets {whole} "
         f"are streamed as a whole; over the {len(counted)} that multiply anything the mean share is {mean:.1%}.",
         "",
-        "The share is that of the multiply-adds of one clip which lie in ops that run once per frame. A clip over a step is",
-        "what a window that moves on by one frame costs, against a step.",
+        "The share is that of the multiply-adds of one clip which lie in ops that run once per frame. A clip over a",
+        "step is what a window that moves on by one frame costs, against a step.",
         "",
         "| net | equivalence | streamed | multiply-adds per step | per clip | clip / step | state, bytes |",
         "|---|---|---:|---:|---:|---:|---:|",

@@ -238,7 +238,7 @@ def _may_be_clips(leaf: fx.Node, branch: str, equivalence: str | None) -> None:
     if equivalence in (None, "clip"):
         return
     reason = "what the model computes depends on the clip's length"
-    raise RefusedError([Refusal(reason, leaf, "leave equivalence=None to have whole clips recomputed", branch)])
+    raise RefusedError([Refusal(reason, leaf, "equivalence='clip' recomputes whole clips", branch)])
 
 
 def _understand(
@@ -316,7 +316,9 @@ def _check(facts: Facts, leaves: list[fx.Node], values: list[Value | None], equi
             if isinstance(f, InClip) and not any(isinstance(facts.of[i], InClip) for i in n.all_input_nodes)
         ]
         unasked = f"equivalence '{equivalence}' was asked for, but this output is a '{got}'"
-        hint = "leave equivalence=None to have the clip recomputed, or keep this op out of the compiled model"
+        hint = "equivalence='clip' gives model(last clip) at every step, recomputed; None gives the best there is"
+        if equivalence == "clip":
+            hint = "leave equivalence=None, or keep this op out of the compiled model"
         raise NonLocalError([Refusal(getattr(facts.of[n], "reason", unasked), n, hint) for n in ended or leaves[:1]])
 
 
