@@ -57,7 +57,7 @@ def report(compiled: Compiled) -> Report:
     warm = max([settled, *(first for first, _ in compiled.clips)])
     warm += -warm % period
     with torch.no_grad(), as_for_inference(compiled.model):
-        clip = compiled.spec.zeros(compiled.spec.blank(batch, _untimed(compiled)), ticks)
+        clip = compiled.spec.zeros(compiled.spec.blank(batch, _untimed(compiled, batch)), ticks)
         state = StreamState()
         for _ in range(warm):
             _, state = compiled.advance(state, compiled.spec.part(clip, 0, 1), 1, None, frames=False)
@@ -79,10 +79,13 @@ def report(compiled: Compiled) -> Report:
     )
 
 
-def _untimed(compiled: Compiled) -> list[torch.Tensor]:
-    spec = compiled.spec
-    shapes = zip(spec.shapes, spec.dtypes, spec.times, strict=True)
-    return [torch.zeros(s, dtype=d, device=spec.device) for s, d, t in shapes if t is None]
+def _untimed(compiled: Compiled, batch: int) -> list[torch.Tensor]:
+    spec, out = compiled.spec, []
+    for shape, dtype, t, b in zip(spec.shapes, spec.dtypes, spec.times, spec.batches, strict=True):
+        if t is None:
+            size = [batch if i == b else n for i, n in enumerate(shape)]
+            out.append(torch.zeros(size, dtype=dtype, device=spec.device))
+    return out
 
 
 def _first(node: fx.Node, facts: dict[fx.Node, Any]) -> bool:

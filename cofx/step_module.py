@@ -165,9 +165,11 @@ class StepModule(nn.Module):
         for leaf in plan.outputs:
             if leaf.equivalence == "first-clip" and self._equivalence is None:
                 warnings.warn(
-                    f"{leaf.node.name} equals model(clip) after the first clip; later it pools over the last frames of "
-                    f"the stream, because {leaf.reason} follows padding or memory. "
-                    "compile(..., equivalence='clip') recomputes each clip instead.",
+                    f"{leaf.node.name} equals model(clip) after the first {ticks} frames and a flush. From then on it "
+                    f"is computed from the last frames of the stream, not of a clip of its own: {leaf.reason} comes "
+                    "after padding or memory, which see where a clip begins. compile(..., equivalence='clip') gives "
+                    "model(last clip) at every step instead, by recomputing each clip; equivalence='first-clip' asks "
+                    "for this one and is silent.",
                     stacklevel=4,
                 )
                 break
@@ -410,7 +412,7 @@ class StepModule(nn.Module):
         """What `pickle` and `copy.deepcopy` take: the model, how it was compiled, and a snapshot of the stream."""
         compiled = self._compiled
         clock = None if compiled is None else (compiled.plan.clock, compiled.batch)
-        return {**self.__dict__, "_compiled": clock, "_state": self.get_state()}
+        return {**self.__dict__, "_compiled": clock, "_state": self.get_state(), "_lanes": None, "_lane_programs": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Trace the model again and go on where the stream was."""

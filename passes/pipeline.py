@@ -24,7 +24,6 @@ from .codegen.graph_module import Constants
 from .compare_lengths import compare_lengths
 from .compare_runs import Runs
 from .errors import NonLocalError, Refusal, RefusedError
-from .loops import Loop
 from .propagate_facts import Facts, propagate_facts
 from .registry import Call, InClip
 from .roll_up_loops import gather_assignments, roll_up_loops
@@ -178,8 +177,7 @@ def compile_plan(
         facts = propagate_facts(graph, captured, clock, constants, context)
     leaves = list(pytree.tree_leaves(graph.output_node().args[0]))
     values = _values(facts, leaves, equivalence, newest)
-    loops = any(isinstance(n.target, Loop) for n in graph.nodes)
-    runs = Runs(model, captured, clock, example, loops)
+    runs = Runs(model, captured, clock, example)
     words = {_word(v) for v in values if v is not None}
     limit = runs.limit() if words & {"stream", "prefix"} else None
     branch = _branch(captured, runs, values, alike, limit)
@@ -240,7 +238,7 @@ def _may_be_clips(leaf: fx.Node, branch: str, equivalence: str | None) -> None:
     if equivalence in (None, "clip"):
         return
     reason = "what the model computes depends on the clip's length"
-    raise RefusedError([Refusal(reason, leaf, "leave equivalence=None to have whole clips recomputed", branch)])
+    raise RefusedError([Refusal(reason, leaf, "equivalence='clip' recomputes whole clips", branch)])
 
 
 def _understand(
@@ -318,7 +316,9 @@ def _check(facts: Facts, leaves: list[fx.Node], values: list[Value | None], equi
             if isinstance(f, InClip) and not any(isinstance(facts.of[i], InClip) for i in n.all_input_nodes)
         ]
         unasked = f"equivalence '{equivalence}' was asked for, but this output is a '{got}'"
-        hint = "leave equivalence=None to have the clip recomputed, or keep this op out of the compiled model"
+        hint = "equivalence='clip' gives model(last clip) at every step, recomputed; None gives the best there is"
+        if equivalence == "clip":
+            hint = "leave equivalence=None, or keep this op out of the compiled model"
         raise NonLocalError([Refusal(getattr(facts.of[n], "reason", unasked), n, hint) for n in ended or leaves[:1]])
 
 

@@ -80,3 +80,15 @@ def test_inputs_without_time_and_at_another_batch_size_are_kept() -> None:
     step.forward_steps(one, one[:, :, 0])
     torch.testing.assert_close(copy.deepcopy(step).flush(),
                                step.flush())  # fmt: skip
+
+
+def test_lanes_are_copied() -> None:
+    step = cofx.compile(model(), X[:, :, :12])
+    ready = torch.tensor([True, False])
+    step.forward_steps(X[:, :, :8], ready=ready)
+    other = copy.deepcopy(step)
+    every = torch.tensor([True, True])
+    for a, b in zip(
+        step.forward_steps(X[:, :, 8:16], ready=every), other.forward_steps(X[:, :, 8:16], ready=every), strict=True
+    ):
+        torch.testing.assert_close(a, b, equal_nan=True)
