@@ -178,8 +178,7 @@ def _convert(
 def _without_form(graph: fx.Graph) -> dict[Any, Any]:
     """Decompositions of ops that ONNX has, but not in the way in which they are called."""
     projected = any(
-        n.target is aten.lstm.input and len({h.meta["val"].shape[-1] for h in n.args[1]}) > 1
-        for n in graph.nodes
+        n.target is aten.lstm.input and len({h.meta["val"].shape[-1] for h in n.args[1]}) > 1 for n in graph.nodes
     )
     return {aten.lstm.input: decomposition_table[aten.lstm.input]} if projected else {}
 
@@ -206,7 +205,7 @@ def _blame(program: LaneProgram, error: BaseException) -> str:
     while chain is not None:
         said.append(str(chain))
         chain = chain.__cause__ or chain.__context__  # type: ignore[assignment]
-    ops = sorted(set(re.findall(r"aten[.:]+\w+(?:\.\w+)?", " ".join(said))))
+    ops = sorted(set(re.findall(r"(?:aten|prims)[.:]+\w+(?:\.\w+)?", " ".join(said))))
     text = ", ".join(ops) if ops else said[-1].strip().splitlines()[0]
     return f"the step program has no ONNX form: {text}"
 
