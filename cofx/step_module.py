@@ -328,11 +328,19 @@ class StepModule(nn.Module):
         if self._lane_programs is None or self._lane_programs.source is not compiled:
             plan = compiled.plan
             if not plan.capture.symbolic_batch and plan.clock.batch(self._example) != 1:
-                alone = self._plan(self._example, plan.clock, self._ticks, 1)  # every lane as a batch of its own
-                self._lane_programs = Lanes(compiled, Compiled(self.model, alone, 1))
+                self._lane_programs = Lanes(compiled, Compiled(self.model, self._plan_alone(plan), 1))
             else:
                 self._lane_programs = Lanes(compiled, compiled)
         return self._lane_programs
+
+    def _plan_alone(self, plan: Plan) -> Plan:
+        """The model traced for a batch of one, which each lane then is: it fixes its batch size."""
+        kinds = [leaf.equivalence for leaf in plan.outputs]
+        for wanted in (self._equivalence, kinds[0]):
+            alone = compile_plan(self.model, self._example, plan.clock, self._ticks, 1, wanted, self._newest)
+            if [leaf.equivalence for leaf in alone.outputs] == kinds:
+                return alone
+        raise InputError(f"this model fixes its batch size, and for a batch of one it is no {kinds[0]!r}: no lanes")
 
     def _no_lanes(self) -> None:
         if self._lanes is not None:

@@ -19,18 +19,16 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import fx, nn
-from torch._decomp import decomposition_table
+from torch import nn
 from torch.utils import _pytree as pytree
 
 from ..errors import CompileError
 from ..schedule_delays import Schedule
 from .lanes import LaneProgram, generate_lanes, lane_schedule
+from .onnx_decompositions import decompositions
 
 if TYPE_CHECKING:
     from ..pipeline import Plan
-
-aten = torch.ops.aten
 
 FORMAT = 1  # of the metadata
 OPSET = 18
@@ -156,7 +154,7 @@ def _convert(
     with torch.no_grad(), _quiet():
         try:
             exported = torch.export.export(step, tuple(arguments), dynamic_shapes=(tuple(dims),), strict=False)
-            if table := _without_form(exported.graph):
+            if table := decompositions(exported.graph):
                 exported = exported.run_decompositions(table)
             converted = torch.onnx.export(
                 exported,
@@ -173,14 +171,6 @@ def _convert(
     if dynamic_batch:
         _rename_batch(model)
     return model
-
-
-def _without_form(graph: fx.Graph) -> dict[Any, Any]:
-    """Decompositions of ops that ONNX has, but not in the way in which they are called."""
-    projected = any(
-        n.target is aten.lstm.input and len({h.meta["val"].shape[-1] for h in n.args[1]}) > 1 for n in graph.nodes
-    )
-    return {aten.lstm.input: decomposition_table[aten.lstm.input]} if projected else {}
 
 
 def _rename_batch(model: Any) -> None:
