@@ -23,6 +23,7 @@ from .passes.errors import CaptureError
 from .passes.pipeline import Leaf, Plan, compile_plan
 from .report import Report, report
 from .runtime.errors import InputError, StateError
+from .runtime.lane_layout import LaneLayout
 from .runtime.lane_state import LaneState, lane_indices, put_lanes, take_lanes
 from .runtime.state import StreamState, restore, snapshot
 from .verification import Verification, verify
@@ -332,6 +333,14 @@ class StepModule(nn.Module):
             else:
                 self._lane_programs = Lanes(compiled, compiled)
         return self._lane_programs
+
+    def lane_layout(self, frames_per_step: int | None = None) -> LaneLayout:
+        """How its inputs and outputs look with so many frames (default one period), for `cofx.runtime.LanePool`."""
+        programs = self._programs()
+        ticks = programs.schedule.period if frames_per_step is None else frames_per_step
+        if ticks < 1 or ticks % programs.schedule.period:
+            raise InputError(f"frames_per_step is a multiple of {programs.schedule.period}, the model's period")
+        return programs.layout(ticks, self.forward_steps)
 
     def _plan_alone(self, plan: Plan) -> Plan:
         """The model traced for a batch of one, which each lane then is: it fixes its batch size."""

@@ -217,6 +217,16 @@ def flush_calls(schedule: Schedule, outputs: Sequence[Leaf], ticks: int) -> int:
     return most
 
 
+def model_axes(plan: Plan, i: int, out: LaneOutput) -> tuple[int | None, int | None]:
+    """The batch and time dimensions of an output as ``forward_steps`` gives it: a clip's evaluations put in place."""
+    batch, time = out.model_batch, out.model_time
+    if plan.outputs[i].clip and time is not None:
+        stacked = next(v.layout.time for _, v in plan.inputs if v is not None)
+        time = min(stacked, len(plan.outputs[i].node.meta["sizes"][0]))
+        batch = batch if batch is None else batch - 1 + (batch - 1 >= time)
+    return batch, time
+
+
 class _Build:
     """One lane program in the making."""
 

@@ -24,7 +24,7 @@ from torch.utils import _pytree as pytree
 
 from ..errors import CompileError
 from ..schedule_delays import Schedule
-from .lanes import LaneProgram, generate_lanes, lane_schedule
+from .lanes import LaneProgram, generate_lanes, lane_schedule, model_axes
 from .onnx_decompositions import decompositions
 
 if TYPE_CHECKING:
@@ -204,15 +204,10 @@ def _describe(
     model: Any, plan: Plan, program: LaneProgram, names: OnnxNames, about: dict[str, Any], controls: bool
 ) -> None:
     """Put what a runtime needs to know into the file."""
-    stacked = next(v.layout.time for _, v in plan.inputs if v is not None)
     outputs = []
-    for leaf, name, out, given in zip(plan.outputs, names.outputs, program.outputs, about["outputs"], strict=True):
-        batch, time = out.model_batch, out.model_time
-        if leaf.clip and time is not None:  # put where the input has time
-            rank = len(leaf.node.meta["sizes"][0]) + 1
-            to = min(stacked, rank - 1)
-            batch = batch if batch is None else batch - 1 + (batch - 1 >= to)
-            time = to
+    for i, (leaf, name, out) in enumerate(zip(plan.outputs, names.outputs, program.outputs, strict=True)):
+        batch, time = model_axes(plan, i, out)
+        given = about["outputs"][i]
         outputs.append(
             {
                 **given,
@@ -226,14 +221,14 @@ def _describe(
             }
         )
     inputs = []
-    for i, (name, given) in enumerate(zip(names.inputs, program.inputs, strict=True)):
+    for i, (name, taken) in enumerate(zip(names.inputs, program.inputs, strict=True)):
         value = plan.inputs[i][1]
         inputs.append(
             {
                 "name": name,
-                "shape": ["batch" if d == given.batch else s for d, s in enumerate(given.shape)],
-                "dtype": _dtype(given.dtype),
-                "time_axis": given.time,
+                "shape": ["batch" if d == taken.batch else s for d, s in enumerate(taken.shape)],
+                "dtype": _dtype(taken.dtype),
+                "time_axis": taken.time,
                 "frames_per_tick": 0 if value is None else int(value.rate),
                 "model_axes": {"batch": plan.clock.batch_dims[i], "time": plan.clock.time_dims[i]},
             }
