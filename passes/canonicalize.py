@@ -65,6 +65,8 @@ def canonicalize(capture: Capture) -> fx.Graph:
         target = _RESHAPES.get(target, target)
         args = map_arg(node.args, lambda n: env[n])
         kwargs = map_arg(node.kwargs, lambda n: env[n])
+        if target is aten.convolution.default:
+            target, args, kwargs = _as_layer(args, kwargs)
         if target in _FILLS:
             target, args, kwargs = _as_full(target, args, kwargs, value)
         elif target is aten.copy.default and _alike(node.args[1], value):
@@ -78,6 +80,8 @@ def canonicalize(capture: Capture) -> fx.Graph:
         if written is not None:
             for seen in [n for n, e in env.items() if e is env.get(written) and n is not node]:
                 env[seen] = new
+    for node in capture.graph.nodes:
+        node.meta["canonical"] = env.get(node)
     graph.eliminate_dead_code()
     graph.lint()
     return graph
@@ -110,6 +114,18 @@ def _alike(node: Any, value: torch.Tensor) -> bool:
     return isinstance(given, torch.Tensor) and given.dtype == value.dtype and str(given.shape) == str(value.shape)
 
 
+def _as_layer(args: Any, kwargs: Any) -> tuple[Any, Any, Any]:
+    """A general convolution as the op of a layer."""
+    given = bind(aten.convolution.default, args, kwargs)
+    rank = given["weight"].meta["val"].dim() - 2
+    geometry = [given["input"], given["weight"], given["bias"], given["stride"], given["padding"]]
+    if given["transposed"]:
+        target = (aten.conv_transpose1d.default, aten.conv_transpose2d.input, aten.conv_transpose3d.input)[rank - 1]
+        return target, (*geometry, given["output_padding"], given["groups"], given["dilation"]), {}
+    target = (aten.conv1d.default, aten.conv2d.default, aten.conv3d.default)[rank - 1]
+    return target, (*geometry, given["dilation"], given["groups"]), {}
+
+
 def _as_full(target: Any, args: Any, kwargs: Any, value: torch.Tensor) -> tuple[Any, Any, Any]:
     """Any such op as ``aten.full``: it depends on sizes alone."""
     number = _FILLS[target]
@@ -131,6 +147,7 @@ def _make(graph: fx.Graph, node: fx.Node, target: Any, args: Any, kwargs: Any, c
     concrete_args, concrete_kwargs = (_at(a, capture, base) for a in (args, kwargs))
     new = graph.create_node("call_function", target, concrete_args, concrete_kwargs, name=node.name)
     new.meta = {k: node.meta[k] for k in ("val", "stack_trace", "nn_module_stack") if k in node.meta}
+    new.meta["traced"] = node
     _sample(new, args, capture, kwargs)
     return new
 

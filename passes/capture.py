@@ -173,7 +173,8 @@ def _export(model: nn.Module, inputs: tuple[torch.Tensor, ...], dims: list[dict[
         }
         known_to_torch = torch.export.default_decompositions()
         decompose = {op: known_to_torch[op] for op in unknown if op in known_to_torch and _composite(op)}
-        if decompose or needs_functionalization(program.graph):
+        vmapped = any("functorch" in str(getattr(n.target, "__module__", "")) for n in program.graph.nodes)
+        if decompose or vmapped or needs_functionalization(program.graph):
             program = program.run_decompositions(decompose)
     return program
 

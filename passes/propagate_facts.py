@@ -7,6 +7,7 @@ What depends on time becomes a `Value` with its op; what needs the whole clip, a
 from __future__ import annotations
 
 import operator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from fractions import Fraction
 from typing import Any
@@ -32,20 +33,40 @@ DRAWS_ONLY_IN_TRAINING = {
 }
 
 
+@dataclass(frozen=True)
+class PerFrame(InClip):
+    """What a clip-wide op in its trailing form yields, and what follows from it: another for each frame."""
+
+
 @dataclass
 class Facts:
-    """The facts of a canonical graph, and the stream graph that was built with them."""
+    """The facts of a canonical graph, and the stream graph that was built with them.
+
+    Attributes:
+        trailing: clip-wide ops that take their trailing form.
+        joined: ops in which what a clip-wide op yields for each frame comes back to the frames.
+    """
 
     graph: fx.Graph
     streams: StreamGraph
     of: dict[fx.Node, Fact] = field(default_factory=dict)
     refusals: list[Refusal] = field(default_factory=list)
+    trailing: set[fx.Node] = field(default_factory=set)
+    joined: set[fx.Node] = field(default_factory=set)
 
 
 def propagate_facts(
-    graph: fx.Graph, capture: Capture, clock: Clock, constants: Constants, context: int | None = None
+    graph: fx.Graph,
+    capture: Capture,
+    clock: Clock,
+    constants: Constants,
+    context: int | None = None,
+    trail: Callable[[Call], Fact] | None = None,
 ) -> Facts:
-    """Facts for all nodes. Refusals are collected, not raised."""
+    """Facts for all nodes. Refusals are collected, not raised.
+
+    `trail`: the fact of a clip-wide op in its trailing form, or None where it has none.
+    """
     streams = StreamGraph(tuple(p.batch for p in capture.points), tuple(p.ticks for p in capture.points))
     facts = Facts(graph, streams)
     inputs = iter(zip(clock.time_dims, clock.batch_dims, clock.frames, strict=True))
@@ -55,7 +76,7 @@ def propagate_facts(
         elif node.op == "get_attr":
             facts.of[node] = Static()
         elif node.op == "call_function":
-            facts.of[node] = _fact(node, facts, constants, context)
+            facts.of[node] = _fact(node, facts, constants, context, trail)
     return facts
 
 
@@ -82,13 +103,17 @@ def _input(node: fx.Node, streams: StreamGraph, time: int | None, batch: int | N
     return value
 
 
-def _fact(node: fx.Node, facts: Facts, constants: Constants, context: int | None) -> Fact:
+def _fact(
+    node: fx.Node, facts: Facts, constants: Constants, context: int | None, trail: Callable[[Call], Fact] | None
+) -> Fact:
     given = [facts.of[n] for n in node.all_input_nodes]
     if node.target is operator.getitem:
         source, index = node.args
         fact = facts.of[source]  # type: ignore[index]
         return fact[index] if isinstance(fact, tuple) else fact  # type: ignore[index]
     flat = [f for g in given for f in (g if isinstance(g, tuple) else (g,))]
+    if any(isinstance(f, PerFrame) for f in flat):
+        return _back_to_frames(node, facts, flat, constants)
     paired = any(isinstance(f, Pair) for f in flat)
     ended = next((f for f in flat if isinstance(f, InClip) and not isinstance(f, Pair)), None)
     understood = takes_edges(node.target) and any(isinstance(f, Value) for f in flat)
@@ -111,10 +136,36 @@ def _fact(node: fx.Node, facts: Facts, constants: Constants, context: int | None
         return fact
     except (NonLocal, Unshapeable) as why:
         del facts.streams.ops[known[0] :], facts.streams.values[known[1] :]
+        if trail is not None and (fact := trail(call)) is not None:
+            facts.trailing.add(node)
+            return fact
         return InClip(str(why), spectral="fft" in str(node.target))
     except Refuse as why:
         facts.refusals.append(Refusal(str(why), node, why.hint))
         return InClip(str(why))
+
+
+def _back_to_frames(node: fx.Node, facts: Facts, flat: list[Fact], constants: Constants) -> Fact:
+    """The fact of an op on what a clip-wide op yields for each frame, perhaps with the frames themselves."""
+    if all(isinstance(f, (PerFrame, Static)) for f in flat):
+        return PerFrame("")
+    if not all(isinstance(f, (PerFrame, Static, Value)) for f in flat):
+        return InClip("a clip-wide op meets another")
+    as_static = {n: Static() for n in node.all_input_nodes if isinstance(facts.of[n], PerFrame)}
+    call = Call(
+        node, facts.streams, {**facts.of, **as_static}, node.meta["samples"], node.meta["sizes"], constants, None
+    )
+    known = len(facts.streams.ops), len(facts.streams.values)
+    try:
+        fact = _apply(call, False)
+        if not isinstance(fact, Value):
+            raise NonLocal("a clip-wide op comes back to the frames in several results")
+        _check(node, fact, facts.streams)
+    except (NonLocal, Unshapeable) as why:
+        del facts.streams.ops[known[0] :], facts.streams.values[known[1] :]
+        return InClip(str(why))
+    facts.joined.add(node)
+    return fact
 
 
 def _apply(call: Call, paired: bool) -> Fact:
