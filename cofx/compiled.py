@@ -212,7 +212,7 @@ class Compiled:
             )
         run = self.plan.runs.at(ticks)
         for i, _, axis, streamed in streams:
-            offline = run.shapes[i][axis] if run is not None else streamed
+            offline = run.shapes[i][axis] if run is not None and not run.cut else streamed
             if offline != streamed and max(offline, streamed) > 0:
                 raise InputError(
                     f"a stream of {ticks} frames cannot end here: the model's sizes follow the length in steps, and "
