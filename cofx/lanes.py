@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from fractions import Fraction
 from typing import Any
 
@@ -18,11 +18,13 @@ from .passes.codegen.lanes import (
     generate_lanes,
     lane_schedule,
     lane_state_specs,
+    model_axes,
     state_layouts,
     to_lanes_first,
 )
 from .passes.errors import user_frame
-from .runtime.errors import InputError
+from .runtime.errors import InputError, LaneError
+from .runtime.lane_layout import LaneAxes, LaneLayout
 from .runtime.lane_state import LaneState, check_lanes, fresh
 from .runtime.state import StreamState
 
@@ -116,9 +118,11 @@ class Lanes:
             for op in self.compiled.tables:
                 assert op.limit is not None
                 if self.schedule.count(op.outputs[0], min(last, count + ticks)) > op.limit:
-                    raise InputError(
-                        f"lane {lane}: the stream is longer than a table of the model: {op.name} has {op.limit} "
-                        f"entries ({user_frame(op.node) if op.node is not None else ''}); start a new one with start"
+                    line = user_frame(op.node) if op.node is not None else ""
+                    raise LaneError(
+                        lane,
+                        f"the stream is longer than a table of the model: {op.name} has {op.limit} entries ({line}); "
+                        "start a new one with start",
                     )
 
     def about(self) -> dict[str, Any]:
@@ -131,6 +135,26 @@ class Lanes:
             known = {n: _plain(getattr(timing, n)) if timing else 0 for n in numbers}
             outputs.append({**known, "equivalence": leaf.equivalence})
         return {"version": __version__, **outputs[0], "outputs": outputs}
+
+    def layout(self, ticks: int, call: Callable[..., Any]) -> LaneLayout:
+        """How the arrays of ``forward_steps`` look, for `LanePool`."""
+        program, spec = self.program(ticks, False), self.spec
+        inputs = []
+        for i, sizes in enumerate(spec.sizes(ticks)):
+            batch, time = spec.batches[i], spec.times[i]
+            shape = tuple(s for d, s in enumerate(sizes) if d != batch)
+            dtype = str(spec.dtypes[i]).removeprefix("torch.")
+            inputs.append(LaneAxes(spec.names[i], shape, dtype, batch, time, 0 if time is None else spec.frames[i]))
+
+        def blank(lanes: int) -> list[torch.Tensor]:
+            out = []
+            for sizes, dtype, batch in zip(spec.sizes(ticks), spec.dtypes, spec.batches, strict=True):
+                shape = [lanes if d == batch else s for d, s in enumerate(sizes)]
+                out.append(torch.zeros(shape, dtype=dtype, device=spec.device))
+            return out
+
+        outputs = [model_axes(self.plan, i, out) for i, out in enumerate(program.outputs)]
+        return LaneLayout(ticks, inputs, outputs, program.flush_calls, blank, torch.no_grad()(call), torch.clone)
 
     # -- states ------------------------------------------------------------------------------------------------------
 

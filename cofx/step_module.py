@@ -23,6 +23,7 @@ from .passes.errors import CaptureError
 from .passes.pipeline import Leaf, Plan, compile_plan
 from .report import Report, report
 from .runtime.errors import InputError, StateError
+from .runtime.lane_layout import LaneLayout
 from .runtime.lane_state import LaneState, lane_indices, put_lanes, take_lanes
 from .runtime.state import StreamState, restore, snapshot
 from .verification import Verification, verify
@@ -330,11 +331,27 @@ class StepModule(nn.Module):
         if self._lane_programs is None or self._lane_programs.source is not compiled:
             plan = compiled.plan
             if not plan.capture.symbolic_batch and plan.clock.batch(self._example) != 1:
-                alone = self._plan(self._example, plan.clock, self._ticks, 1)  # every lane as a batch of its own
-                self._lane_programs = Lanes(compiled, Compiled(self.model, alone, 1))
+                self._lane_programs = Lanes(compiled, Compiled(self.model, self._plan_alone(plan), 1))
             else:
                 self._lane_programs = Lanes(compiled, compiled)
         return self._lane_programs
+
+    def lane_layout(self, frames_per_step: int | None = None) -> LaneLayout:
+        """How its inputs and outputs look with so many frames (default one period), for `cofx.runtime.LanePool`."""
+        programs = self._programs()
+        ticks = programs.schedule.period if frames_per_step is None else frames_per_step
+        if ticks < 1 or ticks % programs.schedule.period:
+            raise InputError(f"frames_per_step is a multiple of {programs.schedule.period}, the model's period")
+        return programs.layout(ticks, self.forward_steps)
+
+    def _plan_alone(self, plan: Plan) -> Plan:
+        """The model traced for a batch of one, which each lane then is: it fixes its batch size."""
+        kinds = [leaf.equivalence for leaf in plan.outputs]
+        for wanted in (self._equivalence, kinds[0]):
+            alone = compile_plan(self.model, self._example, plan.clock, self._ticks, 1, wanted, self._newest)
+            if [leaf.equivalence for leaf in alone.outputs] == kinds:
+                return alone
+        raise InputError(f"this model fixes its batch size, and for a batch of one it is no {kinds[0]!r}: no lanes")
 
     def _no_lanes(self) -> None:
         if self._lanes is not None:

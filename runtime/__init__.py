@@ -5,9 +5,9 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
-_HOME = {"OnnxStep": "onnx_step"}
+_HOME = {"OnnxStep": "onnx_step", "LanePool": "lane_pool", "Stream": "lane_pool", "PoolFull": "lane_pool"}
 
-__all__ = ["OnnxStep"]
+__all__ = ["LanePool", "OnnxStep", "PoolFull", "Stream"]
 
 
 def __getattr__(name: str) -> Any:

@@ -20,7 +20,8 @@ from typing import Any
 import numpy as np
 import onnxruntime as ort
 
-from .errors import InputError, StateError
+from .errors import InputError, LaneError, StateError
+from .lane_layout import LaneAxes, LaneLayout
 
 FORMAT = 1
 POSITION = "position"
@@ -482,9 +483,9 @@ class OnnxStep:
             end = np.where(position[:, 1:] > 0, position[:, 1:] - 1, end)
         over = (np.minimum(end, count + ticks) > limit) & given.get("ready", np.ones_like(count, bool))
         if over.any():
-            raise InputError(
-                f"lane {int(np.flatnonzero(over[:, 0])[0])}: the stream is longer than a table of the model, which "
-                f"lasts for {limit} frames; start a new one"
+            raise LaneError(
+                int(np.flatnonzero(over[:, 0])[0]),
+                f"the stream is longer than a table of the model, which lasts for {limit} frames; start a new one",
             )
 
     # -- state -------------------------------------------------------------------------------------------------------
@@ -559,6 +560,30 @@ class OnnxStep:
             mine[at] = given
 
     # -- what is known of it -----------------------------------------------------------------------------------------
+
+    def lane_layout(self, frames_per_step: int | None = None) -> LaneLayout:
+        """How its arrays look, for `LanePool`."""
+        if frames_per_step not in (None, self.frames_per_step):
+            raise self._whole(frames_per_step or 0)
+        inputs = []
+        for info, rate in zip(self.meta["inputs"], self._rates, strict=True):
+            shape = [s for s in self._model_shape(info, self.frames_per_step * rate) if s is not None]
+            axes = info["model_axes"]
+            inputs.append(LaneAxes(info["name"], tuple(shape), info["dtype"], axes["batch"], axes["time"], rate))
+        outputs = [(o["model_axes"]["batch"], o["model_axes"]["time"]) for o in self.meta["outputs"]]
+        return LaneLayout(
+            self.frames_per_step,
+            inputs,
+            outputs,
+            self.meta["flush_calls"],
+            lambda lanes: self._blank(lanes, self._untimed_zeros(lanes)),
+            self.forward_steps,
+            np.copy,
+        )
+
+    def _untimed_zeros(self, lanes: int) -> list[Array]:
+        shapes = [(self._model_shape(i, 0), i) for i in self.meta["inputs"] if not i["frames_per_tick"]]
+        return [np.zeros([lanes if s is None else s for s in shape], i["dtype"]) for shape, i in shapes]
 
     @property
     def outputs(self) -> list[dict[str, Any]]:

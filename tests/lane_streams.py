@@ -49,6 +49,7 @@ class Batch:
             warnings.simplefilter("ignore")
             self.alone = cofx.compile(model, example, time_dim=sample.time_dim, **sample.options)
         self.case = Case(sample, self.alone, model)
+        self.case.kinds = [o.equivalence for o in self.alone.outputs]  # of a batch of one, which may be another
         self.splitter = Run(self.case, example)
         self.period = self.alone.compiled.plan.schedule.period
         self.streams: list[Stream] = [self.stream() for _ in range(lanes)]

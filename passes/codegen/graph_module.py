@@ -772,7 +772,7 @@ def generate(plan: Plan, key: Key, device: torch.device, validity: bool = False)
             b.graph.erase_node(node)
     b.graph.lint()
     module = fx.GraphModule(_root(b.root), b.graph, class_name="StepProgram")
-    return Program(module, spans, tuple(n.name for n in where if n.users))
+    return Program(module, spans, tuple(w for w in ("count", "length") if b.states[w].users))
 
 
 def _root(tensors: dict[str, torch.Tensor]) -> torch.nn.Module:
@@ -787,6 +787,7 @@ def _root(tensors: dict[str, torch.Tensor]) -> torch.nn.Module:
 
 def _placeholder(b: Builder, name: str) -> fx.Node:
     node = b.graph.placeholder(name)
+    node.target = node.name  # another where an input has that name already
     node.meta["cofx"] = b.about
     return node
 

@@ -32,7 +32,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.node import map_arg
 from torch.utils import _pytree as pytree
 
-from ...runtime.program import StateSpec
+from ...runtime.program import Program, StateSpec
 from ..layout import BATCH, Layout
 from ..schedule_delays import Schedule, schedule_delays
 from .graph_module import FOREVER, Key, generate, state_specs
@@ -192,7 +192,7 @@ def generate_lanes(
     program = generate(plan, key, device, validity=True)
     has_batch = any(b is not None for b in plan.clock.batch_dims)
     build = functools.partial(
-        _Build, plan, key, program.module, device, controls=controls, batch_first=batch_first, has_batch=has_batch
+        _Build, plan, key, program, device, controls=controls, batch_first=batch_first, has_batch=has_batch
     )
     if plan.capture.symbolic_batch and has_batch:
         try:
@@ -217,20 +217,34 @@ def flush_calls(schedule: Schedule, outputs: Sequence[Leaf], ticks: int) -> int:
     return most
 
 
+def model_axes(plan: Plan, i: int, out: LaneOutput) -> tuple[int | None, int | None]:
+    """The batch and time dimensions of an output as ``forward_steps`` gives it: a clip's evaluations put in place."""
+    batch, time = out.model_batch, out.model_time
+    if plan.outputs[i].clip and time is not None:
+        stacked = next(v.layout.time for _, v in plan.inputs if v is not None)
+        time = min(stacked, len(plan.outputs[i].node.meta["sizes"][0]))
+        batch = batch if batch is None else batch - 1 + (batch - 1 >= time)
+    return batch, time
+
+
 class _Build:
     """One lane program in the making."""
 
     def __init__(
-        self, plan: Plan, key: Key, module: fx.GraphModule, device: torch.device, *, controls: bool,
+        self, plan: Plan, key: Key, program: Program, device: torch.device, *, controls: bool,
         batch_first: bool, has_batch: bool, in_front: bool,
     ) -> None:  # fmt: skip
-        self.plan, self.key, self.source, self.device = plan, key, module, device
+        self.plan, self.key, self.source, self.device = plan, key, program.module, device
+        arguments = [n for n in self.source.graph.nodes if n.op == "placeholder"]
+        first, last = len(plan.inputs), len(plan.inputs) + len(program.wants)
+        self.inputs, self.states = arguments[:first], arguments[last:]
+        self.wanted = dict(zip(program.wants, arguments[first:last], strict=True))
         self.controls, self.batch_first, self.has_batch, self.in_front = controls, batch_first, has_batch, in_front
         self.schedule = plan.schedule
         self.graph = fx.Graph()
         self.places: dict[fx.Node, Any] = {}
         self.env: dict[fx.Node, Any] = {}
-        self.root = dict(_attributes(module))
+        self.root = dict(_attributes(self.source))
         self.about: Any = None
         self.traces: dict[Any, Any] = {}
         self.aligned: dict[Any, fx.Node] = {}
@@ -250,20 +264,15 @@ class _Build:
                 return found[n]
 
         with self.fake, torch.no_grad():
-            arguments = [self._example(n.name, batch) for n in self.source.graph.nodes if n.op == "placeholder"]
+            arguments = [self._input_example(i, batch) for i in range(len(self.inputs))]
+            arguments += [torch.zeros((), dtype=torch.int64) for _ in self.wanted]
+            arguments += [torch.zeros(s.shape(batch), dtype=s.dtype) for s in state_specs(self.schedule)]
             Record(self.source).run(*arguments)
         return found
 
-    def _example(self, name: str, batch: int) -> torch.Tensor:
-        if name in ("count", "length"):
-            return torch.zeros((), dtype=torch.int64)
-        for spec in state_specs(self.schedule):
-            if spec.name == name:
-                return torch.zeros(spec.shape(batch), dtype=spec.dtype)
-        i = next(i for i, (n, _) in enumerate(self.plan.inputs) if n.name == name)
-        node = self.plan.inputs[i][0]
+    def _input_example(self, i: int, batch: int) -> torch.Tensor:
         shape, _ = self._input_shape(i, batch)
-        return torch.zeros(shape, dtype=node.meta["val"].dtype)
+        return torch.zeros(shape, dtype=self.plan.inputs[i][0].meta["val"].dtype)
 
     def _input_shape(self, i: int, batch: int) -> tuple[list[int], tuple[int | None, int | None]]:
         """The shape of an input in the program, and its batch and time dimensions."""
@@ -295,6 +304,7 @@ class _Build:
     def placeholder(self, name: str) -> fx.Node:
         """An argument of the lane program."""
         node = self.graph.placeholder(name)
+        node.target = node.name  # another where an input has that name already
         node.meta["cofx"] = self.about
         return node
 
@@ -309,25 +319,24 @@ class _Build:
     def program(self) -> LaneProgram:
         """Everything, in order."""
         nodes = list(self.source.graph.nodes)
-        by_name = {n.name: n for n in nodes if n.op == "placeholder"}
         specs = lane_state_specs(self.schedule, self.controls)
         layouts = state_layouts(self.schedule)
         given = [self.placeholder(n.name) for n, _ in self.plan.inputs]
         control = [self.placeholder(n) for n in ("start", "ready", "length")] if self.controls else []
         self.position = self.placeholder(POSITION)
         kept = []
-        for spec in specs[1:]:
-            self.about = by_name[spec.name].meta["cofx"]
+        for spec, inner in zip(specs[1:], self.states, strict=True):
+            self.about = inner.meta["cofx"]
             kept.append(self.placeholder(spec.name))
         self.about = None
         count, length, ready, position = self._positions(control)
         self.bounds = count, length
         for name, node in (("count", count), ("length", length)):
-            if name in by_name:
-                self.env[by_name[name]], self.places[by_name[name]] = node, FRONT
+            if name in self.wanted:
+                self.env[self.wanted[name]], self.places[self.wanted[name]] = node, FRONT
         inputs = [self._input(i, node, ready) for i, node in enumerate(given)]
-        for spec, node, layout in zip(specs[1:], kept, layouts, strict=True):
-            self._state_in(by_name[spec.name], node, layout)
+        for inner, node, layout in zip(self.states, kept, layouts, strict=True):
+            self._state_in(inner, node, layout)
         for node in nodes:
             if node.op != "output" and node not in self.env:
                 self.about = node.meta.get("cofx")
@@ -383,7 +392,7 @@ class _Build:
     def _input(self, i: int, node: fx.Node, ready: fx.Node | None) -> LaneInput:
         """Take an input in: lanes in its batch dimension, or in front."""
         traced = self.plan.inputs[i][0]
-        inner = next(n for n in self.source.graph.nodes if n.op == "placeholder" and n.name == traced.name)
+        inner = self.inputs[i]
         shape, (at, time) = self._input_shape(i, 1)
         inner_time = time
         dtype = traced.meta["val"].dtype

@@ -19,18 +19,16 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import fx, nn
-from torch._decomp import decomposition_table
+from torch import nn
 from torch.utils import _pytree as pytree
 
 from ..errors import CompileError
 from ..schedule_delays import Schedule
-from .lanes import LaneProgram, generate_lanes, lane_schedule
+from .lanes import LaneProgram, generate_lanes, lane_schedule, model_axes
+from .onnx_decompositions import decompositions
 
 if TYPE_CHECKING:
     from ..pipeline import Plan
-
-aten = torch.ops.aten
 
 FORMAT = 1  # of the metadata
 OPSET = 18
@@ -156,7 +154,7 @@ def _convert(
     with torch.no_grad(), _quiet():
         try:
             exported = torch.export.export(step, tuple(arguments), dynamic_shapes=(tuple(dims),), strict=False)
-            if table := _without_form(exported.graph):
+            if table := decompositions(exported.graph):
                 exported = exported.run_decompositions(table)
             converted = torch.onnx.export(
                 exported,
@@ -173,14 +171,6 @@ def _convert(
     if dynamic_batch:
         _rename_batch(model)
     return model
-
-
-def _without_form(graph: fx.Graph) -> dict[Any, Any]:
-    """Decompositions of ops that ONNX has, but not in the way in which they are called."""
-    projected = any(
-        n.target is aten.lstm.input and len({h.meta["val"].shape[-1] for h in n.args[1]}) > 1 for n in graph.nodes
-    )
-    return {aten.lstm.input: decomposition_table[aten.lstm.input]} if projected else {}
 
 
 def _rename_batch(model: Any) -> None:
@@ -205,7 +195,7 @@ def _blame(program: LaneProgram, error: BaseException) -> str:
     while chain is not None:
         said.append(str(chain))
         chain = chain.__cause__ or chain.__context__  # type: ignore[assignment]
-    ops = sorted(set(re.findall(r"aten[.:]+\w+(?:\.\w+)?", " ".join(said))))
+    ops = sorted(set(re.findall(r"(?:aten|prims)[.:]+\w+(?:\.\w+)?", " ".join(said))))
     text = ", ".join(ops) if ops else said[-1].strip().splitlines()[0]
     return f"the step program has no ONNX form: {text}"
 
@@ -214,15 +204,10 @@ def _describe(
     model: Any, plan: Plan, program: LaneProgram, names: OnnxNames, about: dict[str, Any], controls: bool
 ) -> None:
     """Put what a runtime needs to know into the file."""
-    stacked = next(v.layout.time for _, v in plan.inputs if v is not None)
     outputs = []
-    for leaf, name, out, given in zip(plan.outputs, names.outputs, program.outputs, about["outputs"], strict=True):
-        batch, time = out.model_batch, out.model_time
-        if leaf.clip and time is not None:  # put where the input has time
-            rank = len(leaf.node.meta["sizes"][0]) + 1
-            to = min(stacked, rank - 1)
-            batch = batch if batch is None else batch - 1 + (batch - 1 >= to)
-            time = to
+    for i, (leaf, name, out) in enumerate(zip(plan.outputs, names.outputs, program.outputs, strict=True)):
+        batch, time = model_axes(plan, i, out)
+        given = about["outputs"][i]
         outputs.append(
             {
                 **given,
@@ -236,14 +221,14 @@ def _describe(
             }
         )
     inputs = []
-    for i, (name, given) in enumerate(zip(names.inputs, program.inputs, strict=True)):
+    for i, (name, taken) in enumerate(zip(names.inputs, program.inputs, strict=True)):
         value = plan.inputs[i][1]
         inputs.append(
             {
                 "name": name,
-                "shape": ["batch" if d == given.batch else s for d, s in enumerate(given.shape)],
-                "dtype": _dtype(given.dtype),
-                "time_axis": given.time,
+                "shape": ["batch" if d == taken.batch else s for d, s in enumerate(taken.shape)],
+                "dtype": _dtype(taken.dtype),
+                "time_axis": taken.time,
                 "frames_per_tick": 0 if value is None else int(value.rate),
                 "model_axes": {"batch": plan.clock.batch_dims[i], "time": plan.clock.time_dims[i]},
             }

@@ -1,0 +1,140 @@
+"""Ops that ONNX has not, or not in every way in which PyTorch has them, written in ops that it has.
+
+Each is a decomposition for `ExportedProgram.run_decompositions`; where a call has a form of its own it returns
+`NotImplemented`, and the call stays as it is. Sizes other than the batch are numbers here.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import fx
+from torch._decomp import decomposition_table
+
+aten = torch.ops.aten
+
+
+def decompositions(graph: fx.Graph) -> dict[Any, Callable[..., Any]]:
+    """Those that a graph needs."""
+    targets = {n.target for n in graph.nodes if n.target not in _WHERE or n.meta["val"].dtype == torch.bool}
+    return {op: f for op, f in TABLE.items() if op in targets}
+
+
+def _each(value: int | Sequence[int], n: int) -> list[int]:
+    given = [value] if isinstance(value, int) else list(value)
+    return given * n if len(given) == 1 else given
+
+
+def _out(size: int, k: int, s: int, p: int, d: int, ceil: bool) -> int:
+    """How many windows there are; with `ceil` the last begins inside or in the left padding (torch.nn.MaxPool1d)."""
+    reach = size + 2 * p - d * (k - 1) - 1
+    windows = (-(-reach // s) if ceil else reach // s) + 1
+    return windows - 1 if ceil and (windows - 1) * s >= size + p else windows
+
+
+def _padded(
+    x: torch.Tensor, outs: list[int], k: list[int], s: list[int], p: list[int], d: list[int], fill: float
+) -> Any:
+    """The input with all that its windows reach, and no more."""
+    n = len(k)
+    pads: list[int] = []
+    for i in reversed(range(n)):
+        size = int(x.shape[i - n])
+        pads += [p[i], (outs[i] - 1) * s[i] + d[i] * (k[i] - 1) + 1 - p[i] - size]
+    return F.pad(x, pads, value=fill)
+
+
+def _max_pool(n: int) -> Callable[..., Any]:
+    pool = getattr(aten, f"max_pool{n}d").default
+
+    def decomposed(
+        x: torch.Tensor, kernel: Any, stride: Any = (), padding: Any = 0, dilation: Any = 1, ceil: bool = False
+    ) -> Any:
+        if not ceil:
+            return NotImplemented
+        k, d = _each(kernel, n), _each(dilation, n)
+        s, p = _each(stride, n) if stride else k, _each(padding, n)
+        outs = [_out(int(x.shape[i - n]), k[i], s[i], p[i], d[i], True) for i in range(n)]
+        lowest = -math.inf if x.dtype.is_floating_point else torch.iinfo(x.dtype).min
+        return pool(_padded(x, outs, k, s, p, d, lowest), k, s, 0, d)
+
+    return decomposed
+
+
+def _avg_pool(n: int) -> Callable[..., Any]:
+    pool = getattr(aten, f"avg_pool{n}d").default
+
+    def decomposed(
+        x: torch.Tensor, kernel: Any, stride: Any = (), padding: Any = 0, ceil: bool = False,
+        count_pad: bool = True, divisor: int | None = None,
+    ) -> Any:  # fmt: skip
+        k = _each(kernel, n)
+        s, p = _each(stride, n) if stride else k, _each(padding, n)
+        if divisor is None and not ceil and (count_pad or not any(p)):
+            return NotImplemented
+        sizes = [int(x.shape[i - n]) for i in range(n)]
+        outs = [_out(sizes[i], k[i], s[i], p[i], 1, ceil) for i in range(n)]
+        y = pool(_padded(x, outs, k, s, p, [1] * n, 0.0), k, s)
+        if divisor is not None:
+            return y * (math.prod(k) / divisor)
+        for i in range(n):  # what a window is divided by is a product of what it has in each dimension
+            counts = []
+            for j in range(outs[i]):
+                first = j * s[i] - p[i]
+                last = min(first + k[i], sizes[i] + p[i])
+                counts.append(last - first if count_pad else min(last, sizes[i]) - max(first, 0))
+            if set(counts) != {k[i]}:
+                shape = [-1 if j == i else 1 for j in range(n)]
+                runs = [(c, len(list(same))) for c, same in itertools.groupby(counts)]
+                weights = torch.cat([x.new_full((length,), k[i] / c) for c, length in runs])
+                y = y * weights.reshape(shape)
+        return y
+
+    return decomposed
+
+
+def _adaptive(n: int, mean: bool) -> Callable[..., Any]:
+    def decomposed(x: torch.Tensor, output: Any) -> Any:
+        y = x
+        for i, out in enumerate(_each(output, n)):
+            dim = x.dim() - n + i
+            size = int(x.shape[dim])
+            bounds = [(j * size // out, -(-(j + 1) * size // out)) for j in range(out)]
+            parts = [y.narrow(dim, a, b - a) for a, b in bounds]
+            y = torch.cat([q.mean(dim, True) if mean else q.amax(dim, True) for q in parts], dim)
+        return y if mean else (y, torch.zeros_like(y, dtype=torch.int64))
+
+    return decomposed
+
+
+def _lstm(x: torch.Tensor, hx: Any, params: Any, *rest: Any) -> Any:
+    """A projected LSTM, step by step."""
+    if len({int(h.shape[-1]) for h in hx}) == 1:
+        return NotImplemented
+    return decomposition_table[aten.lstm.input](x, hx, params, *rest)
+
+
+def _where(condition: torch.Tensor, a: Any, b: Any) -> Any:
+    """ONNX Runtime chooses between numbers only."""
+    if any(x.dtype != torch.bool if isinstance(x, torch.Tensor) else not isinstance(x, bool) for x in (a, b)):
+        return NotImplemented
+    a, b = (x if isinstance(x, torch.Tensor) else condition.new_full((), x) for x in (a, b))
+    return (condition & a) | (condition.logical_not() & b)
+
+
+_WHERE = {aten.where.self, aten.where.ScalarOther, aten.where.ScalarSelf, aten.where.Scalar}
+
+TABLE: dict[Any, Callable[..., Any]] = {aten.lstm.input: _lstm}
+TABLE.update(dict.fromkeys(_WHERE, _where))
+for _n in (1, 2, 3):
+    TABLE[getattr(aten, f"max_pool{_n}d").default] = _max_pool(_n)
+    TABLE[getattr(aten, f"avg_pool{_n}d").default] = _avg_pool(_n)
+    TABLE[getattr(aten, f"adaptive_max_pool{_n}d").default] = _adaptive(_n, False)
+for _n, _name in itertools.product((1, 2, 3), ("adaptive_avg_pool{}d", "_adaptive_avg_pool{}d")):
+    if hasattr(aten, _name.format(_n)):
+        TABLE[getattr(aten, _name.format(_n)).default] = _adaptive(_n, True)
