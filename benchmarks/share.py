@@ -8,6 +8,7 @@ Multiply-adds are counted by torch's flop counter, so that ops that multiply not
 from __future__ import annotations
 
 import json
+import re
 import sys
 import warnings
 from pathlib import Path
@@ -76,7 +77,7 @@ def main() -> None:
     results = ROOT / "benchmarks" / "results"
     results.mkdir(exist_ok=True)
     for row in rows:  # lines of this tree, not of this machine
-        row["recomputed"] = [r.replace(f"{ROOT}/", "") for r in row["recomputed"]]
+        row["recomputed"] = [re.sub(r"\S*/site-packages/", "", r.replace(f"{ROOT}/", "")) for r in row["recomputed"]]
     (results / "share.json").write_text(json.dumps(rows, indent=1) + "\n")
     (results / "share.md").write_text(table(rows))
     print(table(rows))

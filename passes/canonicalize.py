@@ -13,26 +13,9 @@ from torch import fx
 from torch.fx.node import map_arg
 
 from .capture import Capture, Point
+from .registry import entry
 
 aten = torch.ops.aten
-
-# ops that hand on their first argument as it is (in eval mode)
-_NO_OPS = {
-    aten.alias.default,
-    aten.contiguous.default,
-    aten.detach.default,
-    aten.detach_.default,
-    aten.lift_fresh_copy.default,
-    aten.lift_fresh.default,
-    aten.dropout.default,
-    aten.dropout_.default,
-    aten.feature_dropout.default,
-    aten.alpha_dropout.default,
-    aten.feature_alpha_dropout.default,
-    aten.conj_physical.default,
-    aten.resolve_conj.default,
-    aten.resolve_neg.default,
-}
 
 
 def canonicalize(capture: Capture) -> fx.Graph:
@@ -54,7 +37,7 @@ def canonicalize(capture: Capture) -> fx.Graph:
             continue
         if node.target in _ASSERTIONS:
             continue
-        if (node.target in _NO_OPS and not _trains(node)) or _keeps(node):
+        if (entry(node.target).hands_on and not _trains(node)) or _keeps(node):
             env[node] = env[node.args[0]]
             continue
         if node.target is aten.slice_scatter.default and _alike(node.args[1], value):

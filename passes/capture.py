@@ -33,7 +33,7 @@ from .errors import CaptureError, raised_at
 from .inline_regions import inline_regions
 from .known_values import KnownValues
 from .record_calls import record_calls
-from .registry import NEEDS_NO_RULE, find_rule
+from .registry import entry, find_rule
 from .symbolic_recurrence import symbolic_recurrence
 
 TIME_LIMIT = 300.0  # seconds that one way of tracing may take
@@ -183,7 +183,7 @@ def _composite(op: Any) -> bool:
     """Whether an op is only a name for others."""
     return (
         isinstance(op, torch._ops.OpOverload)
-        and op not in NEEDS_NO_RULE
+        and not (entry(op).hands_on or entry(op).stays)
         and torch._C._dispatch_has_kernel_for_dispatch_key(op._name, "CompositeImplicitAutograd")
     )
 

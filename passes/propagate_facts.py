@@ -19,18 +19,10 @@ from .capture import Capture, Clock
 from .codegen.graph_module import Constants
 from .errors import NonLocal, Refusal, Refuse
 from .layout import BATCH, TIME, Layout, Unshapeable, dim
-from .registry import Call, Fact, Head, InClip, Pair, Static, Tail, find_pair_rule, find_rule, takes_edges
+from .registry import Call, Fact, Head, InClip, Pair, Static, Tail, entry, find_pair_rule, find_rule
 from .stream_graph import StreamGraph, Value
 
 aten = torch.ops.aten
-DRAWS_ONLY_IN_TRAINING = {
-    aten.lstm.input,
-    aten.gru.input,
-    aten.rnn_tanh.input,
-    aten.rnn_relu.input,
-    aten.scaled_dot_product_attention.default,
-    aten.rrelu.default,
-}
 
 
 @dataclass(frozen=True)
@@ -116,7 +108,7 @@ def _fact(
         return _back_to_frames(node, facts, flat, constants)
     paired = any(isinstance(f, Pair) for f in flat)
     ended = next((f for f in flat if isinstance(f, InClip) and not isinstance(f, Pair)), None)
-    understood = takes_edges(node.target) and any(isinstance(f, Value) for f in flat)
+    understood = entry(node.target).takes_edges and any(isinstance(f, Value) for f in flat)
     understood = understood and all(isinstance(f, (Head, Tail, Value, Static)) for f in flat)
     if ended is not None and not understood:
         spectral = any(isinstance(f, InClip) and f.spectral for f in flat) or "fft" in str(node.target)
@@ -128,7 +120,7 @@ def _fact(
         return Static()
     known = len(facts.streams.ops), len(facts.streams.values)
     try:
-        if random and node.target not in DRAWS_ONLY_IN_TRAINING:
+        if random and not entry(node.target).draws_in_training:
             hint = "pass the noise as an input, or leave it away in eval mode"
             raise Refuse("random numbers are drawn in forward", hint)
         fact = _apply(call, paired)

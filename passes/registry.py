@@ -12,6 +12,7 @@ A rule is a function from a `Call` to its fact: a `Value`, a tuple of facts for 
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import operator
 from collections.abc import Callable, Iterable, Sequence
@@ -82,19 +83,6 @@ class Sample:
     output_time_dim: int | str = "same"
 
 
-# ops that leave the graph before rules are asked, or that only make static values
-NEEDS_NO_RULE = {
-    torch.ops.aten.dropout.default,
-    torch.ops.aten.feature_dropout.default,
-    torch.ops.aten.alpha_dropout.default,
-    torch.ops.aten.feature_alpha_dropout.default,
-    torch.ops.aten.contiguous.default,
-    torch.ops.aten.to.dtype,
-    torch.ops.aten.type_as.default,
-    torch.ops.aten._weight_norm.default,
-}
-
-
 @dataclass(frozen=True)
 class Head(InClip):
     """The first frames of a stream: ``0 .. count-1``, as one that is put before the stream needs them.
@@ -122,13 +110,33 @@ class Pair(InClip):
     data: bool
 
 
-_RULES: dict[torch._ops.OpOverload, Rule] = {}
-_PAIR_RULES: dict[torch._ops.OpOverload, Rule] = {}
+@dataclass
+class Entry:
+    """All that is known of one op.
+
+    Attributes:
+        rule: for frames; None: torch's tags or its decomposition tell, or it is recomputed over clips.
+        pair_rule: for pairs of frames; asked when the rule for frames cannot.
+        takes_edges: its rule understands `Head` and `Tail` facts of its arguments.
+        hands_on: it hands on its first argument as it is, in eval mode, and leaves the graph.
+        stays: it is not decomposed, though it has no rule.
+        draws_in_training: torch says that it draws random numbers, but in eval mode it does not.
+    """
+
+    rule: Rule | None = None
+    pair_rule: Rule | None = None
+    takes_edges: bool = False
+    hands_on: bool = False
+    stays: bool = False
+    draws_in_training: bool = False
+
+
+_OPS: dict[torch._ops.OpOverload, Entry] = {}
 _RULES_OF_KIND: dict[type, Rule] = {}
 
 
-def rule(*overloads: torch._ops.OpOverload) -> Callable[[Rule], Rule]:
-    """Register a rule for exact overloads.
+def rule(*overloads: torch._ops.OpOverload, **known: bool) -> Callable[[Rule], Rule]:
+    """Register a rule for exact overloads, with further fields of their `Entry`.
 
     Raises:
         TypeError: for a packet (``aten.add`` instead of ``aten.add.Tensor``).
@@ -137,14 +145,34 @@ def rule(*overloads: torch._ops.OpOverload) -> Callable[[Rule], Rule]:
 
     def register(function: Rule) -> Rule:
         for op in overloads:
-            if not isinstance(op, torch._ops.OpOverload):
-                raise TypeError(f"{op} is not an overload")
-            if op in _RULES:
+            if op in _OPS and _OPS[op].rule is not None:
                 raise ValueError(f"{op} has a rule already")
-            _RULES[op] = function
+        note(*overloads, rule=function, **known)
         return function
 
     return register
+
+
+def note(*overloads: torch._ops.OpOverload, **known: Any) -> None:
+    """Set fields of the entries of exact overloads.
+
+    Raises:
+        TypeError: for a packet.
+    """
+    for op in overloads:
+        if not isinstance(op, torch._ops.OpOverload):
+            raise TypeError(f"{op} is not an overload")
+        _OPS[op] = dataclasses.replace(_OPS.get(op, Entry()), **known)
+
+
+def entry(target: Any) -> Entry:
+    """What is known of an op; nothing of what is not in the list."""
+    from . import rules  # noqa: F401
+
+    return _OPS.get(target, _UNKNOWN)
+
+
+_UNKNOWN = Entry()
 
 
 def rule_of_kind(kind: type) -> Callable[[Rule], Rule]:
@@ -161,18 +189,10 @@ def pair_rule(*overloads: torch._ops.OpOverload) -> Callable[[Rule], Rule]:
     """Register a rule for overloads where pairs of frames go in or come out; asked when the frames' rule cannot."""
 
     def register(function: Rule) -> Rule:
-        _PAIR_RULES.update(dict.fromkeys(overloads, function))
+        note(*overloads, pair_rule=function)
         return function
 
     return register
-
-
-_TAKES_EDGES: set[Any] = set()
-
-
-def edges(*overloads: torch._ops.OpOverload) -> None:
-    """Say that the rules of these overloads understand `Head` and `Tail` facts of their arguments."""
-    _TAKES_EDGES.update(overloads)
 
 
 def overloads(names: str) -> Iterable[torch._ops.OpOverload]:
@@ -184,19 +204,14 @@ def overloads(names: str) -> Iterable[torch._ops.OpOverload]:
             yield found
 
 
-def takes_edges(target: Any) -> bool:
-    """Whether a rule understands the first or last frames of a stream as an argument."""
-    return target in _TAKES_EDGES
-
-
 def find_rule(target: Any) -> Rule | None:
     """The rule of an overload, or the one for all pointwise ops, or None."""
     from . import rules
 
     if type(target) in _RULES_OF_KIND:
         return _RULES_OF_KIND[type(target)]
-    if target in _RULES:
-        return _RULES[target]
+    if (known := entry(target).rule) is not None:
+        return known
     if isinstance(target, torch._ops.OpOverload) and torch.Tag.pointwise in target.tags:
         return rules.pointwise.pointwise
     return None
@@ -206,8 +221,8 @@ def find_pair_rule(target: Any) -> Rule | None:
     """The rule of an overload for pairs of frames, or the one for all pointwise ops, or None."""
     from . import rules
 
-    if target in _PAIR_RULES:
-        return _PAIR_RULES[target]
+    if (known := entry(target).pair_rule) is not None:
+        return known
     return rules.pairs.pointwise if find_rule(target) is rules.pointwise.pointwise else None
 
 

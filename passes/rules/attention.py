@@ -17,7 +17,7 @@ from .pairs import as_masking, evaluator, same_clock, summed_up
 aten = torch.ops.aten
 
 
-@rule(aten.scaled_dot_product_attention.default)
+@rule(aten.scaled_dot_product_attention.default, draws_in_training=True)
 def attention(call: Call) -> Fact:
     """``softmax(q k^T / sqrt(d) + mask) v`` over the last two dimensions."""
     args = call.samples[0]

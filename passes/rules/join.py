@@ -8,7 +8,7 @@ import torch
 from torch import fx, nn
 
 from ..layout import Dim, dim
-from ..registry import Call, Fact, Head, InClip, Sample, Tail, edges, overloads, rule
+from ..registry import Call, Fact, Head, InClip, Sample, Tail, note, overloads, rule
 from ..stream_graph import Constant, Mirror, Value, read
 
 aten = torch.ops.aten
@@ -73,7 +73,7 @@ def _sum(dims: list[Dim], call: Call) -> Dim:
     return dim(total)
 
 
-edges(*overloads("cat.default concat.default concatenate.default"))
+note(*overloads("cat.default concat.default concatenate.default"), takes_edges=True)
 
 
 def beside(call: Call, nodes: list[fx.Node]) -> Value:

@@ -6,7 +6,7 @@ import torch
 from torch import fx, nn
 
 from ..layout import TIME, Dim, Layout, dim
-from ..registry import Call, Fact, Sample, Static, lower_call, overloads, rule
+from ..registry import Call, Fact, Sample, Static, lower_call, note, overloads, rule
 from ..stream_graph import Value, read
 
 aten = torch.ops.aten
@@ -115,6 +115,17 @@ def embedding(call: Call) -> Fact:
     call.require(isinstance(call.fact(call.samples[0]["weight"]), Static), "its table depends on time")
     return call.framewise(Layout((*x.layout.dims, call.static_layout(call.samples[0]["weight"])[1])))
 
+
+note(aten.rrelu.default, draws_in_training=True)
+note(aten.to.dtype, aten.type_as.default, aten._weight_norm.default, stays=True)
+note(
+    *overloads(
+        "alias.default contiguous.default detach.default detach_.default lift_fresh_copy.default lift_fresh.default "
+        "dropout.default dropout_.default feature_dropout.default alpha_dropout.default feature_alpha_dropout.default "
+        "conj_physical.default resolve_conj.default resolve_neg.default"
+    ),
+    hands_on=True,
+)
 
 SAMPLES = [
     Sample("activations", lambda: nn.Sequential(nn.GELU(), nn.PReLU(4), nn.Softmax(1), nn.GLU(1)), (2, 4, 9)),

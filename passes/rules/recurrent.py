@@ -17,7 +17,7 @@ from ..stream_graph import Carry, Window, read
 aten = torch.ops.aten
 
 
-@rule(aten.lstm.input, aten.gru.input, aten.rnn_tanh.input, aten.rnn_relu.input)
+@rule(aten.lstm.input, aten.gru.input, aten.rnn_tanh.input, aten.rnn_relu.input, draws_in_training=True)
 def recurrent(call: Call) -> Fact:
     """RNN, LSTM, GRU; stacked, projected, time first or second."""
     args = call.samples[0]

@@ -14,7 +14,7 @@ from torch import nn
 
 from ..errors import NonLocal
 from ..layout import TIME, Sizes, dim
-from ..registry import Call, Fact, Head, Sample, Tail, edges, overloads, rule
+from ..registry import Call, Fact, Head, Sample, Tail, overloads, rule
 from ..schedule import Taps
 from ..stream_graph import Constant, Value, read
 from .join import beside
@@ -138,7 +138,7 @@ def split(call: Call) -> Fact:
     return call.framewise(layouts)
 
 
-@rule(aten.diff.default)
+@rule(aten.diff.default, takes_edges=True)
 def diff(call: Call) -> Fact:
     """Differences of neighbouring entries."""
     x = call.stream("self")
@@ -161,9 +161,6 @@ def diff(call: Call) -> Fact:
         lower=lambda b, op, windows, span, _: b.call(op, windows, prepend=None, append=None),
         nodes=[call.samples[0]["self"]],
     )
-
-
-edges(aten.diff.default)
 
 
 @rule(*overloads("index_select.default"))

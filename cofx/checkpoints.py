@@ -1,0 +1,148 @@
+"""Reading what others have saved: state dicts in safetensors or torch's own format, and models by name."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import pickle
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from .runtime.errors import InputError
+
+WRAPPERS = ("state_dict", "model_state_dict", "model")  # keys under which trainers keep the parameters
+
+
+@dataclass(frozen=True)
+class Fit:
+    """How a checkpoint fits a model: names, after a common prefix was taken off."""
+
+    prefix: str
+    missing: tuple[str, ...]
+    unexpected: tuple[str, ...]
+
+
+def load_model(name: str, kwargs: Mapping[str, Any] | None = None) -> nn.Module:
+    """The module that ``package.module:factory`` makes, or that a .pt2 file (`torch.export.save`) holds; in eval mode.
+
+    Raises:
+        InputError: there is no such thing, or it makes no nn.Module.
+    """
+    if name.endswith(".pt2"):
+        try:
+            return torch.export.load(name).module()
+        except Exception as error:
+            raise InputError(f"{name} cannot be read as an exported program: {_first(error)}") from error
+    path, colon, attribute = name.partition(":")
+    if not colon or not path or not attribute:
+        raise InputError(f"a model is given as package.module:factory or as a .pt2 file, not {name!r}")
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
+    try:
+        found: Any = importlib.import_module(path)
+        for part in attribute.split("."):
+            found = getattr(found, part)
+        made = found if isinstance(found, nn.Module) else found(**(kwargs or {}))
+    except (ImportError, AttributeError, TypeError) as error:
+        raise InputError(f"{name} cannot be made: {type(error).__name__}: {_first(error)}") from error
+    if not isinstance(made, nn.Module):
+        raise InputError(f"{name} makes a {type(made).__name__}, not an nn.Module")
+    return made.eval()
+
+
+def load_state_dict(path: str | os.PathLike[str], trust_pickle: bool = False) -> dict[str, torch.Tensor]:
+    """The parameters in a checkpoint: .safetensors, or .pt, .pth, .ckpt as torch and Lightning save them.
+
+    Args:
+        trust_pickle: read files that can only be unpickled, which may run any code that is in them.
+
+    Raises:
+        InputError: it cannot be read, holds no state dict, or could only be unpickled.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise InputError(f"{path} is not a file")
+    if path.suffix == ".safetensors":
+        try:
+            from safetensors.torch import load_file
+        except ImportError as error:
+            raise InputError("reading safetensors takes the package safetensors") from error
+        try:
+            return dict(load_file(path))
+        except Exception as error:
+            raise InputError(f"{path} cannot be read as safetensors: {_first(error)}") from error
+    try:
+        held = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        if not trust_pickle:
+            raise InputError(
+                f"{path} holds more than tensors, and unpickling it may run any code that is in it: save a state dict, "
+                "or give --trust-pickle if you trust where it comes from"
+            ) from error
+        held = torch.load(path, map_location="cpu", weights_only=False)
+    except Exception as error:
+        raise InputError(f"{path} cannot be read: {_first(error)}") from error
+    return _state_dict(held, path)
+
+
+def _state_dict(held: Any, path: Path) -> dict[str, torch.Tensor]:
+    if isinstance(held, nn.Module):
+        return dict(held.state_dict())
+    if isinstance(held, Mapping):
+        for key in WRAPPERS:
+            if isinstance(held.get(key), (Mapping, nn.Module)):
+                return _state_dict(held[key], path)
+        if held and all(isinstance(k, str) and isinstance(v, torch.Tensor) for k, v in held.items()):
+            return dict(held)
+    raise InputError(f"{path} holds no state dict")
+
+
+def apply_checkpoint(model: nn.Module, state: Mapping[str, torch.Tensor], strict: bool = True) -> Fit:
+    """Load parameters into a model, a common prefix such as ``model.`` or ``module.`` taken off or put before.
+
+    Raises:
+        InputError: names are missing or unexpected and `strict` is set, or shapes do not fit. Nothing is loaded then.
+    """
+    wanted = model.state_dict()
+    heads = {"".join(f"{p}." for p in name.split(".")[:n]) for name in state for n in range(4)}
+    prefix = max(sorted(heads, key=len), key=lambda h: sum(n.startswith(h) and n[len(h) :] in wanted for n in state))
+    fitting = {n[len(prefix) :]: t for n, t in state.items() if n.startswith(prefix) and n[len(prefix) :] in wanted}
+    fit = Fit(
+        prefix,
+        tuple(n for n in wanted if n not in fitting),
+        tuple(n for n in state if not n.startswith(prefix) or n[len(prefix) :] not in wanted),
+    )
+    shapes = [
+        f"{n}: {tuple(t.shape)}, expected {tuple(wanted[n].shape)}"
+        for n, t in fitting.items()
+        if t.shape != wanted[n].shape
+    ]
+    if shapes:
+        raise InputError("the checkpoint has other shapes:\n    " + "\n    ".join(shapes))
+    if strict and (fit.missing or fit.unexpected):
+        lines = [f"missing     {n}" for n in fit.missing] + [f"unexpected  {n}" for n in fit.unexpected]
+        raise InputError("the checkpoint does not fit the model (--no-strict takes it):\n    " + "\n    ".join(lines))
+    model.load_state_dict(fitting, strict=False)
+    return fit
+
+
+def parse_kwargs(text: str | None) -> dict[str, Any]:
+    """Arguments of a factory, in JSON."""
+    try:
+        found = json.loads(text or "{}")
+    except json.JSONDecodeError as error:
+        raise InputError(f"--kwargs is not JSON: {error}") from error
+    if not isinstance(found, dict):
+        raise InputError("--kwargs is a JSON object")
+    return found
+
+
+def _first(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [""])[0][:300]
