@@ -28,6 +28,7 @@ class Report:
         streamed: the share of the offline multiply-adds in ops that run once per frame (1 if there are none).
         state_bytes: bytes kept between steps.
         recomputed: for each op that ended a stream, why and where.
+        approximated: for each op that does otherwise than in the model, as the user allowed, what it does and where.
     """
 
     macs_per_step: float
@@ -36,6 +37,7 @@ class Report:
     streamed: float
     state_bytes: int
     recomputed: tuple[str, ...]
+    approximated: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         saved = self.macs_per_clip / self.macs_per_step if self.macs_per_step else 1.0
@@ -45,7 +47,9 @@ class Report:
             f"share streamed           {self.streamed:.1%}",
             f"state                    {self.state_bytes:,} bytes",
         ]
-        return "\n".join([*lines, *(f"recomputed               {r}" for r in self.recomputed)])
+        lines += [f"recomputed               {r}" for r in self.recomputed]
+        lines += [f"approximated             {a}" for a in self.approximated]
+        return "\n".join(lines)
 
 
 def report(compiled: Compiled) -> Report:
@@ -68,6 +72,9 @@ def report(compiled: Compiled) -> Report:
     ended = [
         n for n, f in plan.facts.of.items() if isinstance(f, InClip) and n in repeated and _first(n, plan.facts.of)
     ]
+    bounded = [op for op in plan.schedule.graph.ops if op.approximate and op.node is not None]
+    approximated = [str(r) for r in getattr(compiled.model, "replaced", [])]
+    approximated += [f"attention reads a bounded context: {user_frame(op.node)}" for op in bounded if op.node]
     branch = (f"what is computed depends on the clip's length: {plan.branch}",) if plan.branch else ()
     return Report(
         macs_per_step=step / period,
@@ -76,6 +83,7 @@ def report(compiled: Compiled) -> Report:
         streamed=1.0 if total == 0 else 1 - sum(nodes.get(n, 0) for n in repeated) / total,
         state_bytes=sum(t.numel() * t.element_size() for t in state.tensors or ()),
         recomputed=tuple(f"{plan.facts.of[n].reason}: {user_frame(n)}" for n in ended) + branch,
+        approximated=tuple(approximated),
     )
 
 

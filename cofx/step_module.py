@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
+import fnmatch
 import os
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -20,6 +21,7 @@ from .lanes import POSITION, Lanes, lanes_of
 from .passes.capture import Clock
 from .passes.codegen.graph_module import Key
 from .passes.errors import CaptureError
+from .passes.make_continual import make_continual
 from .passes.pipeline import Leaf, Plan, compile_plan
 from .report import Report, report
 from .runtime.errors import InputError, StateError
@@ -59,6 +61,8 @@ def compile(
     clip_length: int | None = None,
     equivalence: str | None = None,
     window_output: str = "last",
+    nonlocal_ops: str | Mapping[str, str] = "recompute",
+    context: int | None = None,
 ) -> StepModule:
     """Compile a clip model into a step model.
 
@@ -70,6 +74,12 @@ def compile(
         clip_length: frames of a clip, for models that need whole clips; default the example's length.
         equivalence: "stream", "clip", "prefix" or "first-clip" asks for that promise; default the best there is.
         window_output: of a clip's output that keeps time, return the newest frame ("last") or all of it ("all").
+        nonlocal_ops: what becomes of ops over the whole clip: "recompute" them over the last `clip_length` frames;
+            "continual": inside the model, let them look on the frames so far instead (at most `clip_length` of them,
+            see `StepModule.reference_module`); "refuse" them. Or one of these for each module or op, by patterns:
+            ``{"blocks.*.se": "continual", "aten.mean.dim": "refuse"}``.
+        context: the most frames, the current one included, that attention without a bound of its own reads. It is then
+            approximate. None keeps everything, exactly.
 
     Raises:
         CaptureError: the model cannot be traced.
@@ -81,7 +91,12 @@ def compile(
         raise InputError(f"window_output is 'last' or 'all', not {window_output!r}")
     if equivalence not in (None, "stream", "clip", "prefix", "first-clip"):
         raise InputError(f"equivalence is 'stream', 'clip', 'prefix' or 'first-clip', not {equivalence!r}")
-    step = StepModule(model, time_dim, batch_dim, clip_length, equivalence, window_output)
+    given = [nonlocal_ops] if isinstance(nonlocal_ops, str) else list(nonlocal_ops.values())
+    if not set(given) <= {"recompute", "continual", "refuse"}:
+        raise InputError(f"nonlocal_ops is 'recompute', 'continual' or 'refuse', not {nonlocal_ops!r}")
+    if context is not None and (isinstance(context, bool) or not isinstance(context, int) or context < 1):
+        raise InputError(f"context is a number of frames, at least 1, not {context!r}")
+    step = StepModule(model, time_dim, batch_dim, clip_length, equivalence, window_output, nonlocal_ops, context)
     if example is not None:
         step.trace(*(example if isinstance(example, (tuple, list)) else (example,)))
     return step
@@ -120,9 +135,13 @@ class StepModule(nn.Module):
         clip_length: int | None,
         equivalence: str | None,
         window_output: str,
+        nonlocal_ops: str | Mapping[str, str] = "recompute",
+        context: int | None = None,
     ) -> None:
         super().__init__()
         self.model = model
+        self._nonlocal_ops, self._context = nonlocal_ops, context
+        self._reference: list[nn.Module] = []  # in place of the model, if clip-wide ops look on the frames so far
         self.training = model.training
         self._time_dim, self._batch_dim = time_dim, batch_dim
         self._clip_length, self._equivalence, self._newest = clip_length, equivalence, window_output == "last"
@@ -176,11 +195,42 @@ class StepModule(nn.Module):
                 break
         self._example = tuple(x.detach() for x in example)
         self._ticks = ticks
-        self._compiled = Compiled(self.model, plan, batch)
+        self._compiled = Compiled(self.reference_module, plan, batch)
         self._state, self._lanes, self._lane_programs = StreamState(), None, None
 
     def _plan(self, example: Sequence[torch.Tensor], clock: Clock, ticks: int, batch: int) -> Plan:
-        return compile_plan(self.model, example, clock, ticks, batch, self._equivalence, self._newest)
+        window = self._clip_length or ticks
+        chosen = [self._nonlocal_ops] if isinstance(self._nonlocal_ops, str) else self._nonlocal_ops.values()
+        reference = None
+        if "continual" in chosen:
+            reference = make_continual(self.model, example, clock, ticks, batch, window, self._choose)
+        self._reference = [] if reference is None else [reference]
+        return self._plan_reference(example, clock, ticks, batch, self._equivalence)
+
+    def _plan_reference(
+        self, example: Sequence[torch.Tensor], clock: Clock, ticks: int, batch: int, equivalence: str | None
+    ) -> Plan:
+        model = self.reference_module
+        return compile_plan(model, example, clock, ticks, batch, equivalence, self._newest, self._context, self._choose)
+
+    def _choose(self, module: str, op: str) -> str:
+        """What becomes of a clip-wide op of a module."""
+        if isinstance(self._nonlocal_ops, str):
+            return self._nonlocal_ops
+        for pattern, choice in self._nonlocal_ops.items():
+            if fnmatch.fnmatchcase(module, pattern) or fnmatch.fnmatchcase(op, pattern):
+                return choice
+        return "recompute"
+
+    @property
+    def reference_module(self) -> nn.Module:
+        """The offline model that the step model equals, with the model's own parameters.
+
+        The model itself; with ``nonlocal_ops="continual"`` a module in which clip-wide ops look on the frames so far
+        (``min(n, clip_length)`` of them, up to the one that they are applied to). It can be run on clips of any length,
+        differentiated and fine-tuned.
+        """
+        return self._reference[0] if self._reference else self.model
 
     @property
     def compiled(self) -> Compiled:
@@ -213,7 +263,7 @@ class StepModule(nn.Module):
             and self._lanes is None
         ):
             plan = self._plan(self._example, compiled.plan.clock, self._ticks, batch)
-            compiled = self._compiled = Compiled(self.model, plan, batch)
+            compiled = self._compiled = Compiled(self.reference_module, plan, batch)
         return compiled
 
     # -- calls -------------------------------------------------------------------------------------------------------
@@ -227,7 +277,7 @@ class StepModule(nn.Module):
             return self.forward_steps(*inputs, **kwargs)
         if self._compiled is None and inputs and all(isinstance(x, torch.Tensor) for x in inputs):
             self.trace(*inputs)
-        return self.model(*inputs, **kwargs)
+        return self.reference_module(*inputs, **kwargs)
 
     def forward_step(
         self, *frames: torch.Tensor, update_state: bool = True, start: Any = None, ready: Any = None, length: Any = None
@@ -331,7 +381,7 @@ class StepModule(nn.Module):
         if self._lane_programs is None or self._lane_programs.source is not compiled:
             plan = compiled.plan
             if not plan.capture.symbolic_batch and plan.clock.batch(self._example) != 1:
-                self._lane_programs = Lanes(compiled, Compiled(self.model, self._plan_alone(plan), 1))
+                self._lane_programs = Lanes(compiled, Compiled(self.reference_module, self._plan_alone(plan), 1))
             else:
                 self._lane_programs = Lanes(compiled, compiled)
         return self._lane_programs
@@ -348,7 +398,7 @@ class StepModule(nn.Module):
         """The model traced for a batch of one, which each lane then is: it fixes its batch size."""
         kinds = [leaf.equivalence for leaf in plan.outputs]
         for wanted in (self._equivalence, kinds[0]):
-            alone = compile_plan(self.model, self._example, plan.clock, self._ticks, 1, wanted, self._newest)
+            alone = self._plan_reference(self._example, plan.clock, self._ticks, 1, wanted)
             if [leaf.equivalence for leaf in alone.outputs] == kinds:
                 return alone
         raise InputError(f"this model fixes its batch size, and for a batch of one it is no {kinds[0]!r}: no lanes")
@@ -381,6 +431,12 @@ class StepModule(nn.Module):
                 self._state, self._lanes = StreamState(), put_lanes(running, blank, lanes)
             return
         self._state, self._lanes = StreamState(), None
+        if self._compiled is not None:
+            self._compiled.renew()
+            self._lane_programs = None
+
+    def refresh(self) -> None:
+        """Take up parameters that have changed, in mid-stream. (`clean_state` does so too.)"""
         if self._compiled is not None:
             self._compiled.renew()
             self._lane_programs = None
@@ -429,7 +485,8 @@ class StepModule(nn.Module):
         """What `pickle` and `copy.deepcopy` take: the model, how it was compiled, and a snapshot of the stream."""
         compiled = self._compiled
         clock = None if compiled is None else (compiled.plan.clock, compiled.batch)
-        return {**self.__dict__, "_compiled": clock, "_state": self.get_state(), "_lanes": None, "_lane_programs": None}
+        return {**self.__dict__, "_compiled": clock, "_state": self.get_state(), "_lanes": None, "_lane_programs": None,
+                "_reference": []}  # fmt: skip
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Trace the model again and go on where the stream was."""
@@ -438,7 +495,8 @@ class StepModule(nn.Module):
         super().__setstate__({**state, "_compiled": None, "_state": StreamState()})  # type: ignore[no-untyped-call]
         if traced is not None:
             clock, batch = traced
-            self._compiled = Compiled(self.model, self._plan(self._example, clock, self._ticks, batch), batch)
+            plan = self._plan(self._example, clock, self._ticks, batch)
+            self._compiled = Compiled(self.reference_module, plan, batch)
             self.set_state(stream)
 
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
@@ -457,7 +515,7 @@ class StepModule(nn.Module):
         """
         self._ready(inputs, frames=False)
         self.compiled.spec.check(inputs, self.compiled.spec.ticks(inputs), None, frames=False)
-        return verify(self.model, self.compiled, inputs)
+        return verify(self.reference_module, self.compiled, inputs)
 
     def to_onnx(
         self,
@@ -522,7 +580,8 @@ class StepModule(nn.Module):
     @property
     def outputs(self) -> list[OutputInfo]:
         """Delay, receptive field, stride, padding and equivalence of every output leaf."""
-        return [_info(self.compiled.plan, leaf) for leaf in self.compiled.plan.outputs]
+        changed = bool(self._reference)
+        return [_info(self.compiled.plan, leaf, changed) for leaf in self.compiled.plan.outputs]
 
     @property
     def delay(self) -> int | Fraction:
@@ -568,8 +627,10 @@ class StepModule(nn.Module):
         return module
 
 
-def _info(plan: Plan, leaf: Leaf) -> OutputInfo:
+def _info(plan: Plan, leaf: Leaf, changed: bool) -> OutputInfo:
     about = plan.about(leaf.value)
     if about is None:
         return OutputInfo(0, 0, 1, 0, "stream")
-    return OutputInfo(about.delay, about.receptive_field, about.stride, about.padding, leaf.equivalence)
+    approximate = changed or any(op.approximate for op in plan.schedule.graph.ops)
+    equivalence = "approximate" if approximate else leaf.equivalence
+    return OutputInfo(about.delay, about.receptive_field, about.stride, about.padding, equivalence)

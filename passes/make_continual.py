@@ -21,6 +21,7 @@ from .canonicalize import bind, canonicalize
 from .capture import Capture, Clock, capture
 from .codegen.graph_module import Constants
 from .errors import module_path, user_frame
+from .pipeline import not_constant, tensors
 from .propagate_facts import Facts, PerFrame, propagate_facts
 from .registry import Call
 from .stream_graph import Value
@@ -60,10 +61,14 @@ def make_continual(
     clock: Clock,
     ticks: int,
     batch: int,
+    window: int,
     choose: Choice,
-    tensors: Callable[[nn.Module, Capture], dict[str, torch.Tensor]],
 ) -> Reference | None:
     """The reference module; None if there is nothing to replace.
+
+    Args:
+        window: the most frames that its ops look back on, the current one included.
+        choose: what becomes of an op.
 
     Raises:
         CaptureError: the model cannot be traced.
@@ -71,11 +76,13 @@ def make_continual(
     captured = capture(model, example, clock, ticks, batch)
     graph = canonicalize(captured)
     given = tensors(model, captured)
-    facts = propagate_facts(graph, captured, clock, Constants(given, set(graph.nodes)), trail=_Trail(choose))
+    facts = propagate_facts(
+        graph, captured, clock, Constants(given, not_constant(graph, captured)), trail=_Trail(choose)
+    )
     wanted = _wanted(facts)
     if not wanted:
         return None
-    built = _Build(captured, facts, wanted, ticks).graph()
+    built = _Build(captured, facts, wanted, window).graph()
     used = {str(n.target) for n in built.nodes if n.op == "get_attr"}
     module = fx.GraphModule({name: t for name, t in given.items() if name in used}, built, class_name="Continual")
     replaced = [Replaced(str(n.target), module_path(n), user_frame(n)) for n in wanted]
@@ -142,9 +149,7 @@ def _wanted(facts: Facts) -> list[fx.Node]:
     """The replaced ops whose results come back to the frames; a head that pools the clip keeps doing so."""
     reaches: set[fx.Node] = set()
     for node in reversed(list(facts.graph.nodes)):
-        if node in facts.joined or any(u in reaches and isinstance(facts.of.get(u), PerFrame) for u in node.users):
-            reaches.add(node)
-        elif isinstance(facts.of.get(node), PerFrame) and any(u in facts.joined for u in node.users):
+        if any(u in facts.joined or (u in reaches and isinstance(facts.of[u], PerFrame)) for u in node.users):
             reaches.add(node)
     return [n for n in facts.graph.nodes if n in facts.trailing and (n.target in STREAMS or n in reaches)]
 
@@ -207,7 +212,8 @@ class _Build:
         if own.target not in STREAMS:
             self.framed.add(node)
         mapped = map_arg(bound, self.env.__getitem__)
-        return self.new.call_function(trailing, (own.target, self.window, (), mapped, places))
+        args: Any = (own.target, self.window, mapped, places)
+        return self.new.call_function(trailing, args)
 
     def _per_frame(self, node: fx.Node, join: fx.Node | None) -> fx.Node:
         leaves, spec = pytree.tree_flatten((node.args, node.kwargs))
@@ -228,7 +234,8 @@ class _Build:
                 batched.append(False)
                 given.append(self.env[leaf] if isinstance(leaf, fx.Node) else leaf)
         args, kwargs = pytree.tree_unflatten(given, spec)
-        new = self.new.call_function(per_frame, (node.target, batched, args, kwargs))
+        call: Any = (node.target, batched, args, kwargs)
+        new = self.new.call_function(per_frame, call)
         if join is None:
             self.framed.add(node)
             return new

@@ -8,7 +8,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
 from functools import cached_property
@@ -23,7 +23,7 @@ from .capture import Capture, Clock, capture
 from .codegen.graph_module import Constants
 from .compare_lengths import compare_lengths
 from .compare_runs import Runs
-from .errors import NonLocalError, Refusal, RefusedError
+from .errors import NonLocalError, Refusal, RefusedError, module_path
 from .propagate_facts import Facts, propagate_facts
 from .registry import Call, InClip
 from .roll_up_loops import gather_assignments, roll_up_loops
@@ -149,6 +149,7 @@ def compile_plan(
     equivalence: str | None,
     newest: bool,
     context: int | None = None,
+    choose: Callable[[str, str], str] | None = None,
 ) -> Plan:
     """Everything from the user's module to a schedule.
 
@@ -160,6 +161,7 @@ def compile_plan(
         equivalence: the equivalence that is asked for, or None for the best that the ops allow.
         newest: return only the newest frame of a clip's output.
         context: frames that attention may read, its own included, where the model sets no bound.
+        choose: what becomes of a clip-wide op, by the path of its module and its name: "refuse" raises.
 
     Raises:
         CaptureError: the model cannot be traced.
@@ -185,7 +187,7 @@ def compile_plan(
         _may_be_clips(leaves[0], branch, equivalence)
         facts = propagate_facts(graph, captured, clock, constants, context)
         values = _values(facts, leaves, "clip", newest)
-    _check(facts, leaves, values, equivalence)
+    _check(facts, leaves, values, equivalence, choose)
     schedule = schedule_delays(facts.streams, values)
     nodes = [n for n in graph.nodes if n.op == "placeholder"]
     by_node = {v.node: v for v in facts.streams.inputs}
@@ -248,7 +250,7 @@ def _understand(
     graph = canonicalize(captured)
     gather_assignments(graph)
     while True:
-        constants = Constants(tensors(model, captured), _not_constant(graph, captured))
+        constants = Constants(tensors(model, captured), not_constant(graph, captured))
         facts = propagate_facts(graph, captured, clock, constants, context)
         if not roll_up_loops(graph, facts):
             return graph, facts, constants
@@ -300,26 +302,46 @@ def _materialized(facts: Facts, leaf: fx.Node, value: Value) -> Value:
     return made
 
 
-def _check(facts: Facts, leaves: list[fx.Node], values: list[Value | None], equivalence: str | None) -> None:
+def _check(
+    facts: Facts,
+    leaves: list[fx.Node],
+    values: list[Value | None],
+    equivalence: str | None,
+    choose: Callable[[str, str], str] | None,
+) -> None:
     """Collect what stands against the wish, and raise once."""
     refusals = list(facts.refusals)
     if refusals:
         raise RefusedError(refusals)
+    asked = [c for v in values if (c := clip_of(v)) is not None and c.equivalence != "prefix"]
+    named = [n for n in _ends(facts) if any(n in c.nodes for c in asked) and choose and _choice(choose, n) == "refuse"]
+    if named:
+        hint = "nonlocal_ops='recompute' or 'continual' takes it; or keep it out of the compiled model"
+        raise NonLocalError([Refusal(facts.of[n].reason, n, hint) for n in named])
     for value in values:
         clip = clip_of(value)
         got = clip.equivalence if clip else "stream"
         if equivalence in (None, got) or (equivalence == "first-clip" and got == "clip"):
             continue
-        ended = [
-            n
-            for n, f in facts.of.items()
-            if isinstance(f, InClip) and not any(isinstance(facts.of[i], InClip) for i in n.all_input_nodes)
-        ]
+        ended = _ends(facts)
         unasked = f"equivalence '{equivalence}' was asked for, but this output is a '{got}'"
         hint = "equivalence='clip' gives model(last clip) at every step, recomputed; None gives the best there is"
         if equivalence == "clip":
             hint = "leave equivalence=None, or keep this op out of the compiled model"
         raise NonLocalError([Refusal(getattr(facts.of[n], "reason", unasked), n, hint) for n in ended or leaves[:1]])
+
+
+def _ends(facts: Facts) -> list[fx.Node]:
+    """The ops that ended a stream."""
+    return [
+        n
+        for n, f in facts.of.items()
+        if isinstance(f, InClip) and not any(isinstance(facts.of[i], InClip) for i in n.all_input_nodes)
+    ]
+
+
+def _choice(choose: Callable[[str, str], str], node: fx.Node) -> str:
+    return choose(module_path(node), str(node.target))
 
 
 def _leaf(schedule: Schedule, node: fx.Node, value: Value | None) -> Leaf:
@@ -338,7 +360,7 @@ def _leaf(schedule: Schedule, node: fx.Node, value: Value | None) -> Leaf:
     )
 
 
-def _not_constant(graph: fx.Graph, captured: Capture) -> set[fx.Node]:
+def not_constant(graph: fx.Graph, captured: Capture) -> set[fx.Node]:
     """Static nodes that are not known before the inputs are: they depend on the batch size or on a static input."""
     found: set[fx.Node] = set()
     batch = [p.batch for p in captured.points]

@@ -19,13 +19,13 @@ Tensor = torch.Tensor
 
 def to_frames(x: Tensor, dim: int, before: int, after: int) -> Tensor:
     """The frames of a stream in front, each a clip of one frame: time lies in `dim` between these other factors."""
-    x = x.unflatten(dim, (before, -1, after)).movedim(dim + 1, 0)
+    x = torch.unflatten(x, dim, (before, -1, after)).movedim(dim + 1, 0)
     return x.flatten(dim + 1, dim + 2)
 
 
 def from_frames(y: Tensor, dim: int, before: int, after: int) -> Tensor:
     """The inverse of `to_frames`."""
-    y = y.unflatten(dim + 1, (before, after)).movedim(0, dim + 1)
+    y = torch.unflatten(y, dim + 1, (before, after)).movedim(0, dim + 1)
     return y.flatten(dim, dim + 2)
 
 
@@ -64,7 +64,7 @@ def trailing_mean(x: Tensor, window: int) -> Tensor:
     return trailing_sum(x, window) / present(x, window)
 
 
-def trailing_moments(f: Tensor, dims: Sequence[int], window: int) -> tuple[Tensor, Tensor, int]:
+def trailing_moments(f: Tensor, dims: list[int], window: int) -> tuple[Tensor, Tensor, int]:
     """Mean and summed squares about it over dimensions `dims` (kept) of the frames so far, and how many numbers a frame
     has. Squares are taken about the mean itself, so that nothing cancels."""
     mean = f.mean(dims, keepdim=True)
@@ -83,20 +83,20 @@ def reduced(f: Tensor, dims: Sequence[int], keepdim: bool, given: Tensor) -> Ten
     return given if keepdim else given.squeeze([d % f.dim() for d in dims])
 
 
-def trailing(op: Any, window: int, args: Any, kwargs: Any, streams: Sequence[tuple[int, int, int] | None]) -> Tensor:
+def trailing(op: Any, window: int, given: dict[str, Any], streams: Sequence[tuple[int, int, int] | None]) -> Tensor:
     """A clip-wide op over the frames so far.
 
     Args:
         op: an overload that `FORMS` has.
         window: the most frames that it looks back on, its own included.
-        args, kwargs: as the op takes them, by the names of its schema in `kwargs`.
+        given: its arguments by the names of its schema.
         streams: where time lies in each tensor argument that is a stream (see `to_frames`), in order.
     """
-    return FORMS[op](window, kwargs, list(streams))
+    return FORMS[op](window, given, list(streams))
 
 
 def _first(kwargs: dict[str, Any], streams: list[Any]) -> Tensor:
-    return to_frames(kwargs.get("self", kwargs.get("input")), *streams[0])
+    return to_frames(kwargs["input"] if "input" in kwargs else kwargs["self"], *streams[0])
 
 
 def _dims(f: Tensor, kwargs: dict[str, Any]) -> list[int]:
@@ -151,14 +151,14 @@ def _adaptive(window: int, kwargs: dict[str, Any], streams: list[Any]) -> Tensor
 
 def _product(window: int, kwargs: dict[str, Any], streams: list[Any]) -> Tensor:
     left = to_frames(kwargs["self"], *streams[0])
-    right = to_frames(kwargs.get("other", kwargs.get("mat2")), *streams[1])
+    right = to_frames(kwargs["other"] if "other" in kwargs else kwargs["mat2"], *streams[1])
     return trailing_sum(torch.matmul(left, right), window)
 
 
 def _group_norm(window: int, kwargs: dict[str, Any], streams: list[Any], groups: int | None = None) -> Tensor:
     f = _first(kwargs, streams)
     channels = f.shape[2]
-    parts = f.unflatten(2, (groups or kwargs["num_groups"], -1))
+    parts = torch.unflatten(f, 2, (groups or kwargs["num_groups"], -1))
     over = list(range(3, parts.dim()))
     mean, squares, size = trailing_moments(parts, over, window)
     var = squares / (present(parts, window) * size)
