@@ -3,7 +3,7 @@
 A branch in Python on the clip's length leaves no mark in a trace. The trace tells at which lengths it can be relied on
 (`Capture.assumed`); elsewhere the model is run on fake tensors, which computes nothing, and what it calls is compared:
 every call of torch with the way through the code that led to it, and the numbers that it was given. Numbers that grow
-with the length are left out.
+with the length are left out, and those of a loop over frames, which is called as often as there are frames.
 """
 
 from __future__ import annotations
@@ -30,15 +30,8 @@ from .symbolic_recurrence import symbolic_recurrence
 
 KEPT_RUNS = 64
 MORE_CALLS = 4  # a run with so many times the calls of the traced one is not seen to its end
-AHEAD = (
-    1,
-    3,
-    10,
-    30,
-    100,
-    300,
-    1000,
-)  # how far ahead a trace with open length is looked at, in steps of `CONGRUENT` ticks
+# how far ahead a trace with open length is looked at, in steps of `CONGRUENT` ticks
+AHEAD = (1, 3, 10, 30, 100, 300, 1000)
 AHEAD_FIXED = (2, 16, 512)  # one with a fixed length, in lengths of the trace: each is a run
 
 Place = tuple[Any, ...]
@@ -54,7 +47,7 @@ class Run:
         calls: the numbers that torch was called with, by place; each with the user's line.
         counts: how many calls there were, by place.
         shapes: of the outputs.
-        cut: it was not seen to its end, for a loop that grows with the length.
+        cut: it was not seen to its end.
     """
 
     calls: dict[Place, dict[Numbers, Line | None]] = field(default_factory=dict)
@@ -81,11 +74,14 @@ def on_fake_tensors(model: nn.Module) -> Iterator[None]:
 class Runs:
     """Runs of a model on fake tensors, at the batch size of its trace."""
 
-    def __init__(self, model: nn.Module, captured: Capture, clock: Clock, example: Sequence[torch.Tensor]) -> None:
+    def __init__(
+        self, model: nn.Module, captured: Capture, clock: Clock, example: Sequence[torch.Tensor], loops: bool = False
+    ) -> None:
+        """`loops`: loops over frames were found in the trace and rolled up."""
         self.model, self.captured, self.clock = model, captured, clock
         self.like = [(tuple(x.shape), x.dtype, x.device) for x in example]
         self.seen: dict[int, Run | None] = {}
-        self.traced = captured.points[0].ticks
+        self.traced, self.loops = captured.points[0].ticks, loops
         self._reference: tuple[Run, set[Place]] | None = None
 
     def at(self, ticks: int) -> Run | None:
@@ -134,12 +130,9 @@ class Runs:
         if reference is None or run is None:
             return None
         base, moving = reference
-        if run.cut:
-            grown = [p for p, n in run.counts.items() if n > base.counts[p] and p not in moving]
-            return _told(next(iter(run.calls[grown[0]].values()))) if grown else None
-        for line in itertools.chain(_missing(run, base, None), _missing(base, run, None),
-                                    _missing(run, base, moving), _missing(base, run, moving)):  # fmt: skip
-            return _told(line)
+        pairs = [(run, base)] if run.cut else [(run, base), (base, run)]
+        for line in itertools.chain(*(_missing(a, b, m) for m in (None, moving) for a, b in pairs)):
+            return line_of(*line) if line is not None else "(unknown line)"
         return None
 
     def _traced(self) -> tuple[Run, set[Place]] | None:
@@ -153,10 +146,10 @@ class Runs:
             moving: set[Place] = set()
             if far is not None and farther is not None:
                 for place in base.calls.keys() & far.calls.keys() & farther.calls.keys():
-                    runs = (base, far, farther)
-                    seen, (a, b, c) = [list(run.calls[place]) for run in runs], [run.counts[place] for run in runs]
-                    looped = b != a and c - a == 3 * (b - a)
-                    if looped or (a == b == c and seen[0] != seen[1] and _follow(*seen)):
+                    seen = [list(run.calls[place]) for run in (base, far, farther)]
+                    calls, more, most = (run.counts[place] for run in (base, far, farther))
+                    loops = self.loops and more > calls and most - calls == 3 * (more - calls)
+                    if loops or (seen[0] != seen[1] and _follow(*seen)):
                         moving.add(place)
             self._reference = base, moving
         return self._reference
@@ -225,10 +218,6 @@ class _Recorder(TorchFunctionMode):
             if self.most is not None and self.run.counts.total() > self.most:
                 raise _TooMany
         return func(*args, **kwargs)
-
-
-def _told(line: Line | None) -> str:
-    return line_of(*line) if line is not None else "(unknown line)"
 
 
 def _numbers(args: Any) -> Iterator[int | str]:

@@ -24,6 +24,7 @@ from .codegen.graph_module import Constants
 from .compare_lengths import compare_lengths
 from .compare_runs import Runs
 from .errors import NonLocalError, Refusal, RefusedError, module_path
+from .loops import Loop
 from .propagate_facts import Facts, propagate_facts
 from .registry import Call, InClip
 from .roll_up_loops import gather_assignments, roll_up_loops
@@ -179,7 +180,8 @@ def compile_plan(
         facts = propagate_facts(graph, captured, clock, constants, context)
     leaves = list(pytree.tree_leaves(graph.output_node().args[0]))
     values = _values(facts, leaves, equivalence, newest)
-    runs = Runs(model, captured, clock, example)
+    loops = any(isinstance(n.target, Loop) for n in graph.nodes)
+    runs = Runs(model, captured, clock, example, loops)
     words = {_word(v) for v in values if v is not None}
     limit = runs.limit() if words & {"stream", "prefix"} else None
     branch = _branch(captured, runs, values, alike, limit)
