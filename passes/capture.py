@@ -107,7 +107,12 @@ def capture(model: nn.Module, example: Sequence[torch.Tensor], clock: Clock, tic
     """
     said = []
     with _TRACING, as_for_inference(model), quiet():
-        for way, lanes in ((_export_open, 2), (_export_open_batch, 2), (_export_fixed, 1)):
+        for way, lanes in (
+            (_export_open, 2),
+            (_export_open_batch, 2),
+            (_export_open_time, 1),
+            (_export_fixed, 1),
+        ):
             point = Point(max(lanes, batch), ticks)
             try:
                 with time_limit(TIME_LIMIT):
@@ -124,7 +129,7 @@ def _first_line(error: Exception) -> str:
 
 
 def _export(model: nn.Module, inputs: tuple[torch.Tensor, ...], dims: list[dict[int, Any]]) -> ExportedProgram:
-    with symbolic_recurrence(), caught_errors(), KnownValues():
+    with symbolic_recurrence(), caught_errors(), KnownValues(model):
         program = export(
             model,
             inputs,
@@ -175,6 +180,10 @@ def _export_open(model: nn.Module, inputs: tuple[torch.Tensor, ...], clock: Cloc
 
 def _export_open_batch(model: nn.Module, inputs: tuple[torch.Tensor, ...], clock: Clock) -> ExportedProgram:
     return _export(model, inputs, [{} if b is None else {b: Dim.AUTO} for b in clock.batch_dims])
+
+
+def _export_open_time(model: nn.Module, inputs: tuple[torch.Tensor, ...], clock: Clock) -> ExportedProgram:
+    return _export(model, inputs, [{} if t is None else {t: Dim.AUTO} for t in clock.time_dims])
 
 
 def _export_fixed(model: nn.Module, inputs: tuple[torch.Tensor, ...], clock: Clock) -> ExportedProgram:
@@ -251,10 +260,11 @@ def _from_export(model: nn.Module, program: ExportedProgram, clock: Clock, point
     points = [point]
     if batch:
         points.append(Point(point.batch + 1, point.ticks))
-    most = None
     if time:
-        most = _most_ticks(placeholders, clock, symbols, point)
         points += [Point(point.batch, point.ticks + CONGRUENT), Point(point.batch, point.ticks + 3 * CONGRUENT)]
+    _check_sizes(graph, symbols)
+    _check_assumptions(placeholders, symbols, points)
+    most = _most_ticks(placeholders, clock) if time else None
     return Capture(
         graph=graph,
         constants=constants,
@@ -268,38 +278,50 @@ def _from_export(model: nn.Module, program: ExportedProgram, clock: Clock, point
     )
 
 
-def _most_ticks(placeholders: list[fx.Node], clock: Clock, symbols: Any, point: Point) -> int | None:
-    """The longest clip for which the trace holds, or None: what it assumed of its sizes, tried at longer clips.
+def _check_sizes(graph: fx.Graph, symbols: dict[sympy.Symbol, Callable[[Point], int]]) -> None:
+    """Raise `CaptureError` for a size that follows from nothing but the data."""
+    for node in graph.nodes:
+        for value in pytree.tree_leaves(node.meta.get("val")):
+            for size in value.shape if isinstance(value, torch.Tensor) else ():
+                if isinstance(size, torch.SymInt) and not size.node.expr.free_symbols <= set(symbols):
+                    raise CaptureError(f"a size depends on the data: {size.node.expr}")
+
+
+def _check_assumptions(
+    placeholders: list[fx.Node], symbols: dict[sympy.Symbol, Callable[[Point], int]], points: list[Point]
+) -> None:
+    """Try what the trace assumed of its sizes at every sample point.
 
     Raises:
-        CaptureError: an equality fails at a longer clip: a number was made of a size (``int(n)``), which fixes it.
+        CaptureError: an equality fails there: a number was made of a size (``int(n)``, ``len(x)``), which fixes it.
     """
-    node, axis = next(
-        (n, t) for n, t in zip(placeholders, clock.time_dims, strict=True) if t is not None and _open(n, t)
-    )
-    environment = node.meta["val"].shape[axis].node.shape_env
+    sizes = [s for n in placeholders for s in n.meta["val"].shape if isinstance(s, torch.SymInt)]
+    if not sizes:
+        return
+    environment = sizes[0].node.shape_env
+    for symbol in symbols:
+        span = environment.var_to_range[symbol]
+        if span.lower == span.upper:
+            raise CaptureError(f"the trace took a size for a constant: {span.lower}")
     assumed = [g.expr for g in environment.guards]
     assumed += [a.expr for asserts in environment.deferred_runtime_asserts.values() for a in asserts]
     for expr in assumed:
-        far = Point(point.batch, point.ticks + CONGRUENT)
-        if isinstance(expr, sympy.Eq) and set(expr.free_symbols) <= set(symbols) and not _holds(expr, symbols, far):
-            raise CaptureError(f"the trace took a size for a constant: {expr}")
+        if isinstance(expr, sympy.Eq) and set(expr.free_symbols) <= set(symbols):
+            for point in points:
+                if expr.xreplace({s: sympy.Integer(f(point)) for s, f in symbols.items()}) == sympy.false:
+                    raise CaptureError(f"the trace took a size for a constant: {expr}")
+
+
+def _most_ticks(placeholders: list[fx.Node], clock: Clock) -> int | None:
+    """The longest clip for which the trace holds, or None."""
     bounds = []
     for n, t, k in zip(placeholders, clock.time_dims, clock.frames, strict=True):
-        if t is not None and _open(n, t):
-            upper = environment.var_to_range[n.meta["val"].shape[t].node.expr].upper
+        size = n.meta["val"].shape[t] if t is not None else None
+        if isinstance(size, torch.SymInt) and isinstance(size.node.expr, sympy.Symbol):
+            upper = size.node.shape_env.var_to_range[size.node.expr].upper
             if isinstance(upper, sympy.Integer) and upper < CONGRUENT:
                 bounds.append(int(upper) // k)
     return min(bounds, default=None)
-
-
-def _open(node: fx.Node, axis: int) -> bool:
-    size = node.meta["val"].shape[axis]
-    return isinstance(size, torch.SymInt) and isinstance(size.node.expr, sympy.Symbol)
-
-
-def _holds(expr: Any, symbols: dict[sympy.Symbol, Callable[[Point], int]], point: Point) -> bool:
-    return bool(expr.xreplace({s: sympy.Integer(f(point)) for s, f in symbols.items()}) != sympy.false)
 
 
 def _symbols(placeholders: list[fx.Node], clock: Clock) -> dict[sympy.Symbol, Callable[[Point], int]]:
