@@ -39,21 +39,32 @@ def compare_lengths(graph: fx.Graph, captured: Capture, again: Callable[[int], C
             a.meta["sizes"].append(b.meta["sizes"][0])
 
 
-def holds_beyond(graph: fx.Graph, captured: Capture, again: Callable[[int], Capture]) -> bool:
-    """Whether the model does on clips longer than ``captured.most`` what it did in this trace.
+def compare_beyond(graph: fx.Graph, captured: Capture, again: Callable[[int], Capture]) -> None:
+    """Where the model does the same on clips longer than ``captured.most``, take such a one as a sample point.
 
-    A bound may be the model's own (``if n < 100``, a table that ends), or only torch's, of a formula for a shape.
+    A bound may be the model's own (``if n < 100``, a table that ends), or only torch's, of a formula for a shape, which
+    tells nothing about longer clips. The model's own stays.
     """
     ticks = captured.points[0].ticks
     try:
-        twin = canonicalize(again(ticks * ((captured.most or 0) // ticks + 1)))
+        other = again(ticks * ((captured.most or 0) // ticks + 1))
     except CaptureError:
-        return False
+        return
+    twin = canonicalize(other)
     pairs = list(zip(graph.nodes, twin.nodes, strict=False))
     back = {b: a for a, b in pairs}
-    return len(graph.nodes) == len(twin.nodes) and all(
+    if len(graph.nodes) != len(twin.nodes) or not all(
         _same_form(a, b, back) and _same_numbers(a, b, back) for a, b in pairs
-    )
+    ):
+        return
+    kept = [i for i, p in enumerate(captured.points) if p.ticks == ticks]
+    captured.points = [*(captured.points[i] for i in kept), other.points[0]]
+    captured.most = None
+    for a, b in pairs:
+        if a.op != "output":
+            a.meta["samples"] = [a.meta["samples"][i] for i in kept]
+            a.meta["samples"].append(map_arg(b.meta["samples"][0], lambda n: back[n]))
+            a.meta["sizes"] = [*(a.meta["sizes"][i] for i in kept), b.meta["sizes"][0]]
 
 
 def _same_numbers(a: fx.Node, b: fx.Node, back: dict[fx.Node, fx.Node]) -> bool:

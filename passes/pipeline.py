@@ -21,7 +21,7 @@ from .build_clips import build_clips
 from .canonicalize import canonicalize
 from .capture import Capture, Clock, capture
 from .codegen.graph_module import Constants
-from .compare_lengths import compare_lengths, holds_beyond
+from .compare_lengths import compare_beyond, compare_lengths
 from .errors import NonLocalError, Refusal, RefusedError
 from .propagate_facts import Facts, propagate_facts
 from .registry import Call, InClip
@@ -164,8 +164,8 @@ def compile_plan(
 
     if not captured.symbolic_time:
         compare_lengths(graph, captured, again)
-    elif captured.most is not None and holds_beyond(graph, captured, again):
-        captured.most = None
+    elif captured.most is not None:
+        compare_beyond(graph, captured, again)
     facts = propagate_facts(graph, captured, clock)
     leaves = list(pytree.tree_leaves(graph.output_node().args[0]))
     values = _values(facts, leaves, equivalence, newest)

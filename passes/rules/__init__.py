@@ -16,6 +16,7 @@ from . import (
     reduction,
     shape,
     slicing,
+    spectral,
 )
 
 FAMILIES = (
@@ -34,5 +35,6 @@ FAMILIES = (
     reduction,
     shape,
     slicing,
+    spectral,
 )
 __all__ = ["FAMILIES"]
