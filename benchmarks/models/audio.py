@@ -1,4 +1,4 @@
-"""WaveNet (van den Oord et al. 2016), Conv-TasNet (Luo and Mesgarani 2019), SEANet as in EnCodec (Defossez et al. 2022)."""
+"""WaveNet (van den Oord 2016), Conv-TasNet (Luo and Mesgarani 2019), SEANet as in EnCodec (Defossez 2022)."""
 
 from __future__ import annotations
 

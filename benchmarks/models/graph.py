@@ -1,7 +1,7 @@
 """Networks on skeletons: ST-GCN (Yan et al. 2018), A-GCN (Shi et al. 2019), S-TR (Plizzari et al. 2021).
 
-Input (batch, channels, time, joints), output (batch, classes). All three are ten blocks of something over the joints and
-a convolution of 9 frames, then the mean over time and joints.
+Input (batch, channels, time, joints), output (batch, classes). All are ten blocks of something over the joints and a
+convolution of 9 frames, then the mean over time and joints.
 """
 
 from __future__ import annotations

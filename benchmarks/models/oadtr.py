@@ -7,7 +7,7 @@ from torch import nn
 
 
 class OadTR(nn.Module):
-    """Features of 64 frames, a class token and learnt positions; a transformer; the token and the newest frame decide."""
+    """Features of 64 frames, a class token and learnt positions; a transformer; the token decides."""
 
     def __init__(
         self,

@@ -6,10 +6,10 @@ import torch
 from torch import nn
 
 from ..errors import NonLocal
-from ..layout import TIME, Dim, Grouped, Layout, Sizes, Unshapeable, dim, from_sizes, reshape
+from ..layout import BATCH, TIME, Dim, Grouped, Layout, Sizes, Unshapeable, dim, from_sizes, reshape
 from ..registry import Call, Fact, Sample, overloads, rule
 from ..schedule import Taps
-from ..stream_graph import Value, read
+from ..stream_graph import Length, Value, read
 
 aten = torch.ops.aten
 
@@ -127,8 +127,8 @@ def _along_time(call: Call) -> Fact:
     call.require(
         axis < len(sizes) - rank or node.meta["val"].shape[axis - len(sizes) + rank] == 1, "a second time axis"
     )
-    like, length = call.length_like(sizes[axis])
-    layout = Layout(tuple((TIME,) if i == axis else _static(call, s) for i, s in enumerate(sizes)))
+    like, length, along = _folded(call, sizes[axis]) or (*call.length_like(sizes[axis]), (TIME,))
+    layout = Layout(tuple(along if i == axis else _static(call, s) for i, s in enumerate(sizes)))
     return call.emit(
         layout,
         [],
@@ -137,6 +137,19 @@ def _along_time(call: Call) -> Fact:
         length=length,
         lower=lambda b, op, windows, span, _: b.aten("expand.default", b.static(node), b.sizes(layout, len(span))),
     )
+
+
+def _folded(call: Call, wanted: Sizes) -> tuple[Value, Length, Dim] | None:
+    """A dimension of these sizes that holds time and more, like that of a class token for each of B*T frames."""
+    for value in reversed(call.graph.values):
+        if len(value.layout[value.layout.time]) > 1:
+            shapes = (value.layout.sizes(b, n) for b, n in zip(call.graph.batch, value.lengths, strict=True))
+            if tuple(s[value.layout.time] for s in shapes) == tuple(wanted):
+                return value, lambda n: n, value.layout[value.layout.time]
+    if len(set(call.graph.batch)) > 1 and not any(w % b for w, b in zip(wanted, call.graph.batch, strict=True)):
+        frames = tuple(w // b for w, b in zip(wanted, call.graph.batch, strict=True))
+        return (*call.length_like(frames), (BATCH, TIME))
+    return None
 
 
 def _static(call: Call, sizes: Sizes) -> Dim:
@@ -220,7 +233,20 @@ def pixel_shuffle(call: Call) -> Fact:
     return call.framewise(Layout(tuple(dims)))
 
 
+class _Tokens(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.token = nn.Parameter(torch.randn(1, 1, 3))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(batch, time, patches, 3): a token before the patches of every frame, all frames in one dimension."""
+        batch, time, patches, width = x.shape
+        rows = torch.cat([self.token.expand(batch * time, -1, -1), x.reshape(batch * time, patches, width)], 1)
+        return rows.softmax(1)[:, 0].reshape(batch, time, width)
+
+
 SAMPLES = [
+    Sample("tokens", _Tokens, (2, 9, 4, 3), 1),
     Sample("unflatten", lambda: nn.Unflatten(1, (2, 2)), (2, 4, 9), output_time_dim=3),
     Sample("fold_and_back", lambda: _Fold(), (2, 4, 9, 3)),
     Sample("pairs_of_frames", lambda: _Pairs(), (2, 3, 8), multiple=2, length=22),
