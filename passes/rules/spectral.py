@@ -45,6 +45,61 @@ def stft(call: Call) -> Fact:
     )
 
 
+@rule(aten.istft.default)
+def istft(call: Call) -> Fact:
+    """Windows added where they overlap, over the sum of the squares of the window function (torch.istft).
+
+    A sample waits for the last window that holds it. Near the ends fewer windows overlap, so what is divided by is a
+    function of the sample's index.
+    """
+    x = call.stream("self", clean=True)
+    call.require(isinstance(call.fact(call.samples[0].get("window")), Static), "its window depends on time")
+    call.require(len(x.layout) == 3 and x.layout.time == 2, "time is not the last of three dimensions")
+    call.require(not call.arg("return_complex", False), "its result is complex")
+    size = call.arg("n_fft")
+    hop, wide = call.arg("hop_length") or size // 4, call.arg("win_length") or size
+    cut = size // 2 if call.arg("center", True) else 0
+    onesided = call.out_sizes and x.layout[1] == dim(size // 2 + 1)
+    norm = "ortho" if call.arg("normalized", False) else "backward"
+    whole = tuple((n - 1) * hop + size - 2 * cut for n in x.lengths)
+    less = {w - s for w, s in zip(whole, call.out_sizes[-1], strict=True)}
+    call.require(len(less) == 1 and min(less) >= 0, "its length follows the clip's in a way that is not understood")
+    given, short, taps = call.samples[0].get("window"), less.pop(), Taps(1, hop, cut - size + hop, cut)
+
+    def lower(b: Any, op: Any, windows: Any, span: range, _: Any) -> Any:
+        spectra, low, high = windows[0].node, taps.lo(span.start), taps.hi(span.stop - 1) + 1
+        inverse = "fft_irfft.default" if onesided else "fft_ifft.default"
+        frames = b.aten(inverse, spectra, size, 1, norm)
+        frames = frames if onesided else b.aten("select.int", b.aten("view_as_real.default", frames), -1, 0)
+        window = b.full([wide], 1.0, call.dtype()) if given is None else b.static(given)
+        window = b.aten("constant_pad_nd.default", window, [(size - wide) // 2, (size - wide + 1) // 2])
+        window = b.aten("reshape.default", window, [1, size, 1])
+        squares = b.aten("expand.default", b.aten("mul.Tensor", window, window), [1, size, high - low])
+        if b.masked:
+            first = b.aten("select.int", b.indices(op, span), 0, 0)
+            first = b.aten("floor_divide.default", b.aten("add.Tensor", first, taps.first), hop)
+            at = b.aten("add.Tensor", b.constant(list(range(high - low)), torch.int64), first)
+            inside = b.aten("logical_and.default", b.aten("ge.Scalar", at, 0), b.aten("lt.Tensor", at, b.length(x)))
+            squares = b.aten("mul.Tensor", squares, b.cast(inside, call.dtype()))
+        added = (
+            b.aten("col2im.default", y, [1, (high - low - 1) * hop + size], [1, size], [1, 1], [0, 0], [1, hop])
+            for y in (b.aten("mul.Tensor", frames, window), squares)
+        )
+        samples = b.aten("div.Tensor", *added)
+        samples = b.aten("select.int", b.aten("select.int", samples, 1, 0), 1, 0)
+        return b.narrow(samples, 1, span.start + cut - low * hop, len(span))
+
+    return call.emit(
+        Layout((x.layout[0], (TIME,))),
+        [read(x, taps, fill=0.0)],
+        rate=x.rate * hop,
+        length=lambda frames: (frames - 1) * hop + size - 2 * cut - short,
+        length_of=[x],
+        lower=lower,
+        nodes=call.stream_nodes,
+    )
+
+
 @rule(aten.view_as_real.default)
 def view_as_real(call: Call) -> Fact:
     """A complex number as a last dimension of two."""
@@ -64,6 +119,8 @@ def view_as_complex(call: Call) -> Fact:
 SAMPLES = [
     Sample("stft", lambda: _Spectrogram(False), (2, 40), 1, output_time_dim=2),
     Sample("stft_centred", lambda: _Spectrogram(True), (2, 40), 1, output_time_dim=2, lag=8),
+    Sample("istft", lambda: _Back(True), (2, 10, 6), 1),
+    Sample("istft_uncentred", lambda: _Back(False), (2, 10, 6), 1),
     Sample("complex", lambda: _Complex(), (2, 9, 3, 2), 1),
 ]
 
@@ -79,6 +136,20 @@ class _Spectrogram(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(batch, samples) -> (batch, frequencies, frames)"""
         return torch.stft(x, 8, 4, window=self.window, center=self.centred, return_complex=True).abs()
+
+
+class _Back(nn.Module):
+    window: torch.Tensor
+
+    def __init__(self, centred: bool) -> None:
+        super().__init__()
+        self.centred = centred
+        self.register_buffer("window", torch.hann_window(8) + 0.1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(batch, frames, 6) -> (batch, samples): spectra of 5 frequencies, the first channel their phase."""
+        spectra = torch.polar(x[:, :, 1:].exp(), x[:, :, :1].expand(-1, -1, 5)).transpose(1, 2)
+        return torch.istft(spectra, 8, 2, window=self.window, center=self.centred)
 
 
 class _Complex(nn.Module):
