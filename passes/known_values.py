@@ -2,8 +2,8 @@
 
 While tracing, tensors have shapes but no values, so that tracing ends where a value is asked for. A tensor that is made
 of numbers, and all that is computed from such tensors, is therefore computed beside the trace as well. So are the
-model's own integers (a stride that is kept as a buffer). Nothing that depends on inputs, parameters, open sizes or
-random numbers is ever known.
+model's own buffers (a stride that is kept as one, a flag, a window). Nothing that depends on inputs, parameters, open
+sizes or random numbers is ever known.
 """
 
 from __future__ import annotations
@@ -39,11 +39,11 @@ class KnownValues(TorchFunctionMode):
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
-        self._integers = [
+        self._buffers = [
             (module, name, buffer)
             for module in model.modules()
             for name, buffer in module.named_buffers(recurse=False)
-            if buffer.dim() == 0 and not buffer.is_floating_point()
+            if buffer.numel() <= MOST and not isinstance(module, nn.modules.batchnorm._NormBase)
         ]
         self._values: Any = WeakTensorKeyDictionary()
         self._spoilt: set[int] = set()  # memory that something unknown was written to
@@ -83,8 +83,8 @@ class KnownValues(TorchFunctionMode):
         return tensor.dim() == 0 and tensor.dtype in (torch.int32, torch.int64) and self._is_known(tensor)
 
     def _is_known(self, tensor: torch.Tensor) -> bool:
-        if tensor.dim() == 0 and tensor not in self._values:
-            for module, name, value in self._integers:  # while tracing, buffers are replaced in place
+        if tensor not in self._values:
+            for module, name, value in self._buffers:  # while tracing, buffers are replaced in place
                 if module._buffers.get(name) is tensor:
                     self._values[tensor] = value
         return tensor in self._values and _memory(self._values[tensor]) not in self._spoilt

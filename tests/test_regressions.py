@@ -204,3 +204,19 @@ def test_a_mask_made_of_lengths_of_a_batch_is_right_at_other_batch_sizes() -> No
     model = Of(forward, conv=nn.Conv1d(3, 3, 3, padding=1))
     for batch in (1, 3):
         assert cofx.compile(model, X.expand(batch, -1, -1)).verify(X.expand(batch, -1, -1)).exact
+
+
+def test_a_branch_on_a_flag_that_is_kept_as_a_buffer_is_taken() -> None:
+    """Quantizers ask ``if self.initialised``; vocoders assert that their windows overlap."""
+
+    class Flagged(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("ready", torch.tensor([1.0]))
+            self.register_buffer("window", torch.hann_window(8) + 0.1)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            assert (self.window.square() > 1e-3).all()
+            return x * self.window.sum() if self.ready else x
+
+    assert cofx.compile(Flagged(), X).verify(X).exact
