@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from ..layout import TIME, Layout, dim
-from ..registry import Call, Fact, Sample, Static, rule
+from ..registry import Call, Fact, Sample, Static, overloads, rule
 from ..schedule import Taps
 from ..stream_graph import Constant, Mirror, read
 
@@ -100,6 +100,24 @@ def istft(call: Call) -> Fact:
     )
 
 
+@rule(
+    *overloads(
+        "fft_fft.default fft_ifft.default fft_rfft.default fft_irfft.default fft_hfft.default fft_ihfft.default "
+        "_fft_c2c.default _fft_c2r.default _fft_r2c.default"
+    )
+)
+def fourier(call: Call) -> Fact:
+    """A Fourier transform of each frame, over dimensions that are not time."""
+    x = call.stream("self")
+    over = call.arg("dim")
+    dims = {d % len(x.layout) for d in (over if isinstance(over, (list, tuple)) else [over])}
+    call.require(x.layout.time not in dims, "a Fourier transform over the time axis")
+    layout = x.layout
+    for d in dims:
+        layout = layout.replace(d, call.resized(x, d))
+    return call.framewise(layout)
+
+
 @rule(aten.view_as_real.default)
 def view_as_real(call: Call) -> Fact:
     """A complex number as a last dimension of two."""
@@ -121,6 +139,7 @@ SAMPLES = [
     Sample("stft_centred", lambda: _Spectrogram(True), (2, 40), 1, output_time_dim=2, lag=8),
     Sample("istft", lambda: _Back(True), (2, 10, 6), 1),
     Sample("istft_uncentred", lambda: _Back(False), (2, 10, 6), 1),
+    Sample("fourier", lambda: _Frequencies(), (2, 9, 6), 1),
     Sample("complex", lambda: _Complex(), (2, 9, 3, 2), 1),
 ]
 
@@ -150,6 +169,14 @@ class _Back(nn.Module):
         """(batch, frames, 6) -> (batch, samples): spectra of 5 frequencies, the first channel their phase."""
         spectra = torch.polar(x[:, :, 1:].exp(), x[:, :, :1].expand(-1, -1, 5)).transpose(1, 2)
         return torch.istft(spectra, 8, 2, window=self.window, center=self.centred)
+
+
+class _Frequencies(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(batch, time, 6): the higher half of each frame's frequencies."""
+        spectra: torch.Tensor = torch.fft.rfft(x, dim=2) * (torch.arange(4) > 1)
+        high: torch.Tensor = torch.fft.irfft(spectra, 6, dim=2)
+        return high
 
 
 class _Complex(nn.Module):
