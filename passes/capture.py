@@ -164,7 +164,7 @@ def _dynamic_shapes(model: nn.Module, dims: list[dict[int, Any]]) -> Any:
     shapes: list[Any] = []
     for i, parameter in enumerate(parameters):
         if parameter.kind is parameter.VAR_POSITIONAL:
-            shapes.append(tuple(dims[i:]))
+            shapes += [tuple(dims[i:])] if dims[i:] else []
             break
         if i < len(dims):
             shapes.append(dims[i])

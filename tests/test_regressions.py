@@ -220,3 +220,11 @@ def test_a_branch_on_a_flag_that_is_kept_as_a_buffer_is_taken() -> None:
             return x * self.window.sum() if self.ready else x
 
     assert cofx.compile(Flagged(), X).verify(X).exact
+
+
+def test_a_forward_that_takes_further_arguments_is_given_none() -> None:
+    class Open(nn.Module):
+        def forward(self, x: torch.Tensor, *more: torch.Tensor, **options: object) -> torch.Tensor:
+            return x + len(more)
+
+    assert cofx.compile(Open(), X).verify(X).exact
