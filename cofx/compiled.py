@@ -12,7 +12,7 @@ from torch.utils import _pytree as pytree
 from .inputs import InputSpec
 from .passes.capture import Point
 from .passes.codegen.graph_module import FOREVER, Key, generate, state_specs
-from .passes.errors import user_frame
+from .passes.errors import CompileError, user_frame
 from .passes.pipeline import Leaf, Plan, tensors
 from .runtime.errors import InputError
 from .runtime.program import OutputSpan, Program, StateSpec
@@ -47,11 +47,22 @@ class Compiled:
         return tuple((id(t), t._version) for t in (*self.model.parameters(), *self.model.buffers()))
 
     def renew(self) -> None:
-        """Take up parameters that have changed since programs were made."""
+        """Take up parameters that have changed since programs were made.
+
+        Raises:
+            CompileError: a buffer has changed whose value decided what was traced; nothing is taken up then.
+        """
         seen = self._fingerprint()
         if seen != self._seen:
+            now = tensors(self.model, self.plan.capture)
+            for name, value in self.plan.capture.read.items():
+                if not torch.equal(now[name], value.to(now[name])):
+                    raise CompileError(
+                        f"the buffer '{name}' has changed, and what forward does depends on its value\n"
+                        "    try     compile the model again"
+                    )
             self._seen = seen
-            self.plan.constants.renew(tensors(self.model, self.plan.capture))
+            self.plan.constants.renew(now)
             self.programs.clear()
             self.spec = InputSpec.of(self.plan)
 

@@ -430,13 +430,15 @@ class StepModule(nn.Module):
                 blank = self._programs().fresh(lane_indices(lanes, running.lanes).numel())
                 self._state, self._lanes = StreamState(), put_lanes(running, blank, lanes)
             return
+        self.refresh()
         self._state, self._lanes = StreamState(), None
-        if self._compiled is not None:
-            self._compiled.renew()
-            self._lane_programs = None
 
     def refresh(self) -> None:
-        """Take up parameters that have changed, in mid-stream. (`clean_state` does so too.)"""
+        """Take up parameters that have changed, in mid-stream. (`clean_state` does so too.)
+
+        Raises:
+            CompileError: a buffer has changed whose value forward looked at (a flag, a stride): compile again.
+        """
         if self._compiled is not None:
             self._compiled.renew()
             self._lane_programs = None

@@ -64,6 +64,7 @@ class Capture:
         sample: a size, number or shape found in the graph (int, SymInt, ...) as it is at a point.
         assumed: whether all that the trace took for certain (branches on sizes, numbers that did not move between the
             points) also holds at so many ticks. With a fixed length: whether it was traced there.
+        read: the buffers whose values decided what was traced (a flag, a stride), as they were.
     """
 
     graph: fx.Graph
@@ -75,6 +76,7 @@ class Capture:
     symbolic_batch: bool
     symbolic_time: bool
     assumed: Callable[[int], bool]
+    read: dict[str, torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -125,9 +127,9 @@ def capture(model: nn.Module, example: Sequence[torch.Tensor], clock: Clock, tic
             point = Point(lanes, ticks)
             try:
                 with time_limit(TIME_LIMIT):
-                    inputs = clock.resized(example, point)
-                    program = way(model, inputs, clock)
-                    found = _from_export(model, program, clock, point, recorded=way is _export_recorded)
+                    inputs, known = clock.resized(example, point), KnownValues(model)
+                    program = way(model, inputs, clock, known)
+                    found = _from_export(model, program, clock, point, known, recorded=way is _export_recorded)
                 if found.symbolic_batch or clock.batch(inputs) == batch:
                     return found
                 raise CaptureError("the model fixes the batch size")
@@ -157,8 +159,10 @@ def _told(error: Exception, where: str | None) -> str:
     return "\n".join([reason, *([f"    at      {where}"] if where else []), f"    try     {hint}"])
 
 
-def _export(model: nn.Module, inputs: tuple[torch.Tensor, ...], dims: list[dict[int, Any]]) -> ExportedProgram:
-    with symbolic_recurrence(), caught_errors(), KnownValues(model):
+def _export(
+    model: nn.Module, inputs: tuple[torch.Tensor, ...], dims: list[dict[int, Any]], known: KnownValues
+) -> ExportedProgram:
+    with symbolic_recurrence(), caught_errors(), known:
         program = export(
             model,
             inputs,
@@ -201,26 +205,36 @@ def _dynamic_shapes(model: nn.Module, dims: list[dict[int, Any]]) -> Any:
     return tuple(shapes)
 
 
-def _export_open(model: nn.Module, inputs: tuple[torch.Tensor, ...], clock: Clock) -> ExportedProgram:
+def _export_open(
+    model: nn.Module, inputs: tuple[torch.Tensor, ...], clock: Clock, known: KnownValues
+) -> ExportedProgram:
     dims = [
         {d: Dim.AUTO for d in (b, t) if d is not None} for b, t in zip(clock.batch_dims, clock.time_dims, strict=True)
     ]
-    return _export(model, inputs, dims)
+    return _export(model, inputs, dims, known)
 
 
-def _export_open_batch(model: nn.Module, inputs: tuple[torch.Tensor, ...], clock: Clock) -> ExportedProgram:
-    return _export(model, inputs, [{} if b is None else {b: Dim.AUTO} for b in clock.batch_dims])
+def _export_open_batch(
+    model: nn.Module, inputs: tuple[torch.Tensor, ...], clock: Clock, known: KnownValues
+) -> ExportedProgram:
+    return _export(model, inputs, [{} if b is None else {b: Dim.AUTO} for b in clock.batch_dims], known)
 
 
-def _export_open_time(model: nn.Module, inputs: tuple[torch.Tensor, ...], clock: Clock) -> ExportedProgram:
-    return _export(model, inputs, [{} if t is None else {t: Dim.AUTO} for t in clock.time_dims])
+def _export_open_time(
+    model: nn.Module, inputs: tuple[torch.Tensor, ...], clock: Clock, known: KnownValues
+) -> ExportedProgram:
+    return _export(model, inputs, [{} if t is None else {t: Dim.AUTO} for t in clock.time_dims], known)
 
 
-def _export_fixed(model: nn.Module, inputs: tuple[torch.Tensor, ...], clock: Clock) -> ExportedProgram:
-    return _export(model, inputs, [{} for _ in inputs])
+def _export_fixed(
+    model: nn.Module, inputs: tuple[torch.Tensor, ...], clock: Clock, known: KnownValues
+) -> ExportedProgram:
+    return _export(model, inputs, [{} for _ in inputs], known)
 
 
-def _export_recorded(model: nn.Module, inputs: tuple[torch.Tensor, ...], clock: Clock) -> ExportedProgram:
+def _export_recorded(
+    model: nn.Module, inputs: tuple[torch.Tensor, ...], clock: Clock, known: KnownValues
+) -> ExportedProgram:
     point = Point(clock.batch(inputs), clock.ticks(inputs))
     wider, longer = Point(point.batch + 1, point.ticks), Point(point.batch, 2 * point.ticks)
     recorded, (batch, time) = record_calls(
@@ -230,7 +244,7 @@ def _export_recorded(model: nn.Module, inputs: tuple[torch.Tensor, ...], clock: 
         {d: Dim.AUTO for d, same in ((b, batch), (t, time)) if d is not None and same}
         for b, t in zip(clock.batch_dims, clock.time_dims, strict=True)
     ]
-    return _export(recorded, inputs, dims)
+    return _export(recorded, inputs, dims, known)
 
 
 def needs_functionalization(graph: fx.Graph) -> bool:
@@ -265,7 +279,9 @@ def needs_functionalization(graph: fx.Graph) -> bool:
     return False
 
 
-def _from_export(model: nn.Module, program: ExportedProgram, clock: Clock, point: Point, recorded: bool) -> Capture:
+def _from_export(
+    model: nn.Module, program: ExportedProgram, clock: Clock, point: Point, known: KnownValues, recorded: bool
+) -> Capture:
     graph = fx.Graph()
     env: dict[fx.Node, fx.Node] = {}
     constants: dict[str, torch.Tensor] = {}
@@ -319,6 +335,7 @@ def _from_export(model: nn.Module, program: ExportedProgram, clock: Clock, point
         assumed=Assumptions(program, symbols, points)
         if time and not recorded
         else lambda ticks: ticks in {p.ticks for p in points},
+        read={name: state[name].detach().clone() for name in sorted(known.read)},
     )
 
 

@@ -36,20 +36,27 @@ _OPEN = (torch.SymInt, torch.SymFloat, torch.SymBool)
 
 
 class KnownValues(TorchFunctionMode):
-    """While this is open, values that follow from numbers alone can be read from traced tensors."""
+    """While this is open, values that follow from numbers alone can be read from traced tensors.
+
+    Attributes:
+        read: the names of the buffers on which a value depends that was read.
+    """
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
+        self.read: set[str] = set()
         buffers = [
-            (module, name, buffer.detach())
-            for module in model.modules()
+            (module, name, f"{path}.{name}".lstrip("."), buffer.detach())
+            for path, module in model.named_modules()
             for name, buffer in module.named_buffers(recurse=False)
-            if buffer.numel() <= MOST and not isinstance(module, nn.modules.batchnorm._NormBase)
+            if buffer.numel() <= MOST
+            and not isinstance(module, (nn.modules.batchnorm._NormBase, torch.jit.ScriptModule))
         ]
         # copies, which share memory where the buffers do: forward may write to them
-        copies = copy.deepcopy([buffer for _, _, buffer in buffers])
-        self._buffers = [(module, name, value) for (module, name, _), value in zip(buffers, copies, strict=True)]
+        copies = copy.deepcopy([buffer for *_, buffer in buffers])
+        self._buffers = [(*where, value) for (*where, _), value in zip(buffers, copies, strict=True)]
         self._values: Any = WeakTensorKeyDictionary()
+        self._sources: Any = WeakTensorKeyDictionary()  # names of the buffers that values follow from
         self._spoilt: set[int] = set()  # memory that something unknown was written to
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -64,13 +71,15 @@ class KnownValues(TorchFunctionMode):
             if _writes(func, kwargs):
                 self._spoilt.update(_memory(self._values[t]) for t in tensors if t in self._values)
             return func(*args, **kwargs)
+        sources = set().union(*(self._sources.get(t, ()) for t in tensors))
         known = self._compute(func, args, kwargs)
         if known is not None and getattr(func, "__name__", "") in _READS:
+            self.read |= sources
             return known
         traced = func(*args, **kwargs)
         for a, b in zip(pytree.tree_leaves(traced), pytree.tree_leaves(known), strict=False):
             if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor) and a.shape == b.shape and b.numel() <= MOST:
-                self._values[a] = b
+                self._values[a], self._sources[a] = b, sources
         return traced
 
     def _with_sizes(self, arg: Any, sizes: bool) -> Any:
@@ -81,16 +90,19 @@ class KnownValues(TorchFunctionMode):
         return tuple(self._as_number(a) for a in arg) if sizes else arg
 
     def _as_number(self, arg: Any) -> Any:
-        return self._values[arg].item() if isinstance(arg, torch.Tensor) and self._is_integer(arg) else arg
+        if not isinstance(arg, torch.Tensor) or not self._is_integer(arg):
+            return arg
+        self.read |= self._sources.get(arg, set())
+        return self._values[arg].item()
 
     def _is_integer(self, tensor: torch.Tensor) -> bool:
         return tensor.dim() == 0 and tensor.dtype in (torch.int32, torch.int64) and self._is_known(tensor)
 
     def _is_known(self, tensor: torch.Tensor) -> bool:
         if tensor not in self._values:
-            for module, name, value in self._buffers:  # while tracing, buffers are replaced in place
+            for module, name, path, value in self._buffers:  # while tracing, buffers are replaced in place
                 if module._buffers.get(name) is tensor:
-                    self._values[tensor] = value
+                    self._values[tensor], self._sources[tensor] = value, {path}
         return tensor in self._values and _memory(self._values[tensor]) not in self._spoilt
 
     def _compute(self, func: Callable[..., Any], args: Any, kwargs: Any) -> Any:

@@ -219,7 +219,45 @@ def test_a_branch_on_a_flag_that_is_kept_as_a_buffer_is_taken() -> None:
             assert (self.window.square() > 1e-3).all()
             return x * self.window.sum() if self.ready else x
 
-    assert cofx.compile(Flagged(), X).verify(X).exact
+    model = Flagged()
+    step = cofx.compile(model, X)
+    assert step.verify(X).exact
+    model.window.mul_(2)
+    with pytest.raises(cofx.CompileError, match="'window' has changed"):
+        step.clean_state()
+    assert cofx.compile(model, X).verify(X).exact
+
+
+def test_a_buffer_whose_value_decides_nothing_may_change() -> None:
+    class Scaled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("scale", torch.full((1, 3, 1), 2.0))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x * self.scale.square()
+
+    model = Scaled()
+    step = cofx.compile(model, X)
+    model.scale.mul_(2)
+    step.refresh()
+    assert step.verify(X).exact
+
+
+def test_forward_that_writes_to_a_buffer_leaves_it_as_it_was() -> None:
+    class Counts(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("seen", torch.zeros(()))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            self.seen += 1
+            return x if self.seen > 0 else -x
+
+    model = Counts()
+    with pytest.raises(cofx.CaptureError):
+        cofx.compile(model, X)
+    assert model.seen == 0
 
 
 def test_a_forward_that_takes_further_arguments_is_given_none() -> None:
