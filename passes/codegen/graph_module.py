@@ -108,6 +108,7 @@ class Constants:
     def __init__(self, tensors: dict[str, torch.Tensor], batched: set[fx.Node]) -> None:
         self.tensors = tensors
         self.batched = batched
+        self.folded: dict[str, tuple[torch.Tensor, int]] = {}  # what was computed from, with its version then
         self._values: dict[fx.Node, Any] = {}
 
     def value(self, node: fx.Node) -> Any:
@@ -115,6 +116,10 @@ class Constants:
         if node not in self._values:
             if node.op == "get_attr":
                 return self.tensors[str(node.target)]
+            for n in node.all_input_nodes:
+                if n.op == "get_attr":
+                    tensor = self.tensors[str(n.target)]
+                    self.folded[str(n.target)] = tensor, tensor._version
             with torch.no_grad():
                 args, kwargs = map_arg((node.args, node.kwargs), self.value)
                 self._values[node] = node.target(*args, **kwargs)  # type: ignore[operator]
@@ -128,6 +133,7 @@ class Constants:
         """Forget what was computed: the parameters have changed."""
         self.tensors = tensors
         self._values.clear()
+        self.folded.clear()
 
 
 class Builder:
