@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+import json
 from collections.abc import Callable, Mapping, Sequence
 from fractions import Fraction
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -15,6 +18,7 @@ from .compiled import Compiled
 from .passes.codegen.lanes import (
     POSITION,
     LaneProgram,
+    from_lanes_first,
     generate_lanes,
     lane_schedule,
     lane_state_specs,
@@ -134,7 +138,7 @@ class Lanes:
             numbers = ("delay", "receptive_field", "stride", "padding")
             known = {n: _plain(getattr(timing, n)) if timing else 0 for n in numbers}
             outputs.append({**known, "equivalence": leaf.equivalence})
-        return {"version": __version__, **outputs[0], "outputs": outputs}
+        return {"version": __version__, "fingerprint": self.fingerprint, **outputs[0], "outputs": outputs}
 
     def layout(self, ticks: int, call: Callable[..., Any]) -> LaneLayout:
         """How the arrays of ``forward_steps`` look, for `LanePool`."""
@@ -182,6 +186,25 @@ class Lanes:
             for t, layout in zip(state.tensors, state_layouts(self.schedule), strict=True)
         ]
         return LaneState((position, *kept))
+
+    def to_stream(self, state: LaneState) -> StreamState:
+        """The inverse of `from_stream`, for lanes that stand together."""
+        position, *kept = state.tensors
+        layouts = state_layouts(self.schedule)
+        tensors = tuple(from_lanes_first(t, layout).contiguous() for t, layout in zip(kept, layouts, strict=True))
+        return StreamState(int(position[0, 0]), tensors, None if self.batchless else state.lanes)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """What a state depends on: the ops, the parameters, and what is kept."""
+        digest = hashlib.sha256()
+        ops = [str(n.target) for n in self.plan.graph.nodes if n.op == "call_function"]
+        digest.update(json.dumps([ops, [(s.name, s.dims, str(s.dtype)) for s in self.specs]]).encode())
+        for name, tensor in sorted(self.plan.constants.tensors.items()):
+            flat = tensor.detach().cpu().contiguous().flatten()
+            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+            digest.update(flat.view(torch.uint8).numpy().tobytes() if flat.numel() else b"")
+        return digest.hexdigest()
 
     def restore(self, snap: dict[str, torch.Tensor]) -> LaneState:
         """The state of a snapshot.

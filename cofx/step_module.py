@@ -26,6 +26,7 @@ from .runtime.errors import InputError, StateError
 from .runtime.lane_layout import LaneLayout
 from .runtime.lane_state import LaneState, lane_indices, put_lanes, take_lanes
 from .runtime.state import StreamState, restore, snapshot
+from .runtime.state_file import HELD, read_state, write_state
 from .verification import Verification, verify
 
 MODES = ("forward", "forward_step", "forward_steps")
@@ -421,6 +422,42 @@ class StepModule(nn.Module):
                 raise StateError("there are no lanes yet: set_state(state) without lanes, or make a first call")
             other = put_lanes(running, other, lanes)
         self._state, self._lanes = StreamState(), other
+
+    def save_state(self, path: str | os.PathLike[str]) -> None:
+        """Write a snapshot of the stream or of all lanes to a file (safetensors), all at once or not at all.
+
+        It can be loaded by this model in another process, and by `OnnxStep` of its file.
+        """
+        programs = self._programs()
+        about: dict[str, Any] = {"fingerprint": programs.fingerprint, "form": "lanes", "together": self._lanes is None}
+        try:
+            running = self._as_lanes()
+        except InputError:  # at a place where no lane can stand
+            running = None
+        if running is None:
+            about["form"] = "stream"
+            tensors = snapshot(self._state, self.compiled.specs)
+        else:
+            tensors = take_lanes(running, programs.specs)
+        tensors |= {f"{HELD}{i}": x for i, x in enumerate(self._held)}
+        write_state(path, {k: t.detach().cpu().contiguous() for k, t in tensors.items()}, about, "torch")
+
+    def load_state(self, path: str | os.PathLike[str]) -> None:
+        """Go on from a snapshot in a file; see `save_state`.
+
+        Raises:
+            StateError: it is no snapshot, or one of another model or of other parameters; nothing has changed.
+        """
+        programs = self._programs()
+        tensors, about = read_state(path, programs.fingerprint, "torch")
+        held = [tensors.pop(k) for k in sorted(tensors) if k.startswith(HELD)]
+        if about.get("form") != "lanes":
+            self.set_state(tensors)
+        elif about.get("together"):
+            self._state, self._lanes = programs.to_stream(programs.restore(tensors)), None
+        else:
+            self.set_state(tensors)
+        self._held = tuple(x.to(self.compiled.spec.device) for x in held)
 
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
         """The model's own: its checkpoints load into either."""

@@ -116,10 +116,10 @@ def lane_schedule(plan: Plan) -> Schedule:
     return schedule_delays(plan.schedule.graph, plan.schedule.outputs, waiting=True)
 
 
-def lane_state_specs(schedule: Schedule, controls: bool = True) -> list[StateSpec]:
+def lane_state_specs(schedule: Schedule) -> list[StateSpec]:
     """What a lane program keeps: `state_specs` with lanes first, after the position."""
-    holds = "ticks so far, and the stream's length + 1 once it is known" if controls else "ticks so far"
-    specs = [StateSpec(POSITION, ((1, 0), (0, 2 if controls else 1)), torch.int64, holds)]
+    holds = "ticks so far, and the stream's length + 1 once it is known"
+    specs = [StateSpec(POSITION, ((1, 0), (0, 2)), torch.int64, holds)]
     for spec, layout in zip(state_specs(schedule), state_layouts(schedule), strict=True):
         sizes = [(0, s) for s in _lane_shape(layout)]
         specs.append(StateSpec(spec.name, ((1, 0), *sizes), spec.dtype, spec.holds))
@@ -143,10 +143,6 @@ def _lane_shape(layout: Layout) -> list[int]:
 
 def to_lanes_first(tensor: torch.Tensor, layout: Layout, lanes: int) -> torch.Tensor:
     """A program's state as lane programs keep it."""
-    return _reorder(tensor, layout, lanes)
-
-
-def _reorder(tensor: torch.Tensor, layout: Layout, lanes: int) -> torch.Tensor:
     at = next((i for i, d in enumerate(layout) if BATCH in d), None)
     if at is None:
         return tensor.unsqueeze(0).expand(lanes, *tensor.shape)
@@ -154,6 +150,18 @@ def _reorder(tensor: torch.Tensor, layout: Layout, lanes: int) -> torch.Tensor:
     shape = tensor.shape
     parted = tensor.reshape(*shape[:at], before, lanes, after, *shape[at + 1 :]).movedim(at + 1, 0)
     return parted.reshape(lanes, *_lane_shape(layout))
+
+
+def from_lanes_first(tensor: torch.Tensor, layout: Layout) -> torch.Tensor:
+    """The inverse of `to_lanes_first`."""
+    at = next((i for i, d in enumerate(layout) if BATCH in d), None)
+    if at is None:
+        return tensor[0]
+    before, after = _around_batch(layout[at])
+    sizes = _lane_shape(layout)
+    head, tail = sizes[:at], sizes[at + (layout[at] != (BATCH,)) :]
+    parted = tensor.reshape(len(tensor), *head, before, after, *tail).movedim(0, at + 1)
+    return parted.reshape(*head, before * len(tensor) * after, *tail)
 
 
 def _around_batch(dimension: Sequence[Any]) -> tuple[int, int]:
@@ -319,7 +327,7 @@ class _Build:
     def program(self) -> LaneProgram:
         """Everything, in order."""
         nodes = list(self.source.graph.nodes)
-        specs = lane_state_specs(self.schedule, self.controls)
+        specs = lane_state_specs(self.schedule)
         layouts = state_layouts(self.schedule)
         given = [self.placeholder(n.name) for n, _ in self.plan.inputs]
         control = [self.placeholder(n) for n in ("start", "ready", "length")] if self.controls else []
@@ -370,7 +378,7 @@ class _Build:
         ticks = self.key.ticks
         if not control:
             forever = self.emit(aten.full_like.default, count, FOREVER)
-            after = self.emit(aten.add.Tensor, self.position, ticks, name="position_out")
+            after = self.emit(aten.add.Tensor, self.position, self._constant([[ticks, 0]]), name="position_out")
             return count, forever, None, after
         start, ready, given = control
         before = self.emit(aten.where.ScalarOther, self.emit(aten.logical_not.default, start), self.position, 0)

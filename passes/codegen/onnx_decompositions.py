@@ -119,6 +119,12 @@ def _lstm(x: torch.Tensor, hx: Any, params: Any, *rest: Any) -> Any:
     return decomposition_table[aten.lstm.input](x, hx, params, *rest)
 
 
+def _rrelu(
+    x: torch.Tensor, lower: Any = 1 / 8, upper: Any = 1 / 3, training: bool = False, generator: Any = None
+) -> Any:
+    return NotImplemented if training else F.leaky_relu(x, (lower + upper) / 2)
+
+
 def _where(condition: torch.Tensor, a: Any, b: Any) -> Any:
     """ONNX Runtime chooses between numbers only."""
     if any(x.dtype != torch.bool if isinstance(x, torch.Tensor) else not isinstance(x, bool) for x in (a, b)):
@@ -129,7 +135,7 @@ def _where(condition: torch.Tensor, a: Any, b: Any) -> Any:
 
 _WHERE = {aten.where.self, aten.where.ScalarOther, aten.where.ScalarSelf, aten.where.Scalar}
 
-TABLE: dict[Any, Callable[..., Any]] = {aten.lstm.input: _lstm}
+TABLE: dict[Any, Callable[..., Any]] = {aten.lstm.input: _lstm, aten.rrelu.default: _rrelu}
 TABLE.update(dict.fromkeys(_WHERE, _where))
 for _n in (1, 2, 3):
     TABLE[getattr(aten, f"max_pool{_n}d").default] = _max_pool(_n)
