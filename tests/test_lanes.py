@@ -9,7 +9,10 @@ import cofx
 from lane_streams import Batch, step_call
 from models import SAMPLES, Sample
 
-BATCHED = [s for s in SAMPLES if s.options.get("batch_dim", 0) is not None]
+BATCHED = [
+    pytest.param(s, id=s.name, marks=() if i % 6 == 0 else pytest.mark.slow)
+    for i, s in enumerate(s for s in SAMPLES if s.options.get("batch_dim", 0) is not None)
+]
 
 
 @pytest.fixture(autouse=True)
@@ -19,7 +22,7 @@ def no_grad():
         yield
 
 
-@pytest.mark.parametrize("sample", BATCHED, ids=lambda sample: sample.name)
+@pytest.mark.parametrize("sample", BATCHED)
 def test_each_lane_is_its_stream_run_alone(sample) -> None:
     batch = Batch(sample, lanes=4, seed=0)
     step = cofx.compile(
