@@ -7,20 +7,20 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils import _pytree as pytree
 
 from .inputs import InputSpec
-from .passes.capture import Point, as_for_inference
+from .passes.capture import Point
 from .passes.codegen.graph_module import FOREVER, Key, generate, state_specs
 from .passes.errors import user_frame
 from .passes.pipeline import Leaf, Plan, tensors
 from .runtime.errors import InputError
-from .runtime.program import OutputSpan, Program
-from .runtime.state import StreamState, allocate
+from .runtime.program import OutputSpan, Program, StateSpec
+from .runtime.state import StreamState, allocate, grow
 
-EVALUATIONS = 8  # of a clip in one program
+EVALUATIONS = 8  # of a clip or a loop's body in one program
 KEPT_PROGRAMS = 512
+CAPACITY = 16  # ticks for which there is room at first, in a state that grows
 
 
 class Compiled:
@@ -30,10 +30,12 @@ class Compiled:
         self.model, self.plan, self.batch = model, plan, batch
         self.open_batch = plan.capture.symbolic_batch or all(b is None for b in plan.clock.batch_dims)
         self.specs = state_specs(plan.schedule)
+        self.grows = bool(plan.schedule.growing)
         self.spec = InputSpec.of(plan)
         self.programs: dict[Key, Program] = {}
         self.tables = [op for op in plan.schedule.graph.ops if op.limit is not None]
         self.clips = [(c.first, c.every) for op in plan.schedule.graph.ops if (c := op.clip) is not None]
+        self.unrolled = any(op.unrolled for op in plan.schedule.graph.ops)
         self._seen = self._fingerprint()
         before = plan.schedule.counts(0)
         self.early = any(before[v] > 0 for op in plan.schedule.graph.ops for v in op.outputs)
@@ -52,6 +54,19 @@ class Compiled:
             self.plan.constants.renew(tensors(self.model, self.plan.capture))
             self.programs.clear()
             self.spec = InputSpec.of(self.plan)
+
+    def capacity(self, ticks: int) -> int:
+        """Ticks for which there is room in the state after so many: 0 if it does not grow, else in steps of a half."""
+        if not self.grows:
+            return 0
+        room = CAPACITY
+        while room < ticks:
+            room += room // 2 if room & (room - 1) == 0 else room // 3  # 16, 24, 32, 48, 64, ...
+        return room
+
+    def specs_after(self, ticks: int) -> list[StateSpec]:
+        """What is kept after so many ticks."""
+        return state_specs(self.plan.schedule, self.capacity(ticks)) if self.grows else self.specs
 
     def program(self, key: Key) -> Program:
         """The program of a key, generated when first asked for."""
@@ -82,7 +97,7 @@ class Compiled:
         return parts, state
 
     def _within_tables(self, ticks: int) -> None:
-        """Raise before a table of positions runs out."""
+        """Raise before a table of positions runs out, or the model would do otherwise than where it was traced."""
         for op in self.tables:
             assert op.limit is not None
             if self.plan.schedule.count(op.outputs[0], ticks) > op.limit:
@@ -90,12 +105,21 @@ class Compiled:
                     f"the stream is longer than a table of the model: {op.name} has {op.limit} entries "
                     f"({user_frame(op.node) if op.node is not None else ''}); start a new one with clean_state()"
                 )
+        if self.plan.limit is not None and ticks > self.plan.limit[0]:
+            most, line = self.plan.limit
+            raise InputError(
+                f"on more than {most} frames the model does otherwise than on the example of "
+                f"{self.plan.capture.points[0].ticks}\n    at      {line or '(it cannot be run there)'}\n    try     "
+                "clean_state() begins a new stream; compile(..., equivalence='clip') recomputes whole clips"
+            )
 
     def _piece(self, count: int, ticks: int) -> int:
         """How many ticks one program takes: single ones until every sequential op has come to its first frame, and
-        no more than a few evaluations of a clip, which a program repeats one by one."""
+        no more than a few evaluations of a clip or a loop's body, which a program repeats one by one."""
         if count < self.plan.schedule.sequential_from:
             return 1
+        if self.unrolled:
+            ticks = min(ticks, EVALUATIONS)
         for first, every in self.clips:
             idle = first - 1 - count
             ticks = min(ticks, idle if idle > 0 else EVALUATIONS * every)
@@ -115,12 +139,15 @@ class Compiled:
             holding=state.count < schedule.sequential_from,
             frames=frames,
             folded=not (torch.is_grad_enabled() and any(p.requires_grad for p in self.model.parameters())),
+            capacity=self.capacity(state.count + ticks),
         )
         program = self.program(key)
         kept, batch = state.tensors, state.batch
         if kept is None:
             batch = self.spec.batch_of(inputs, frames)
-            kept = allocate(self.specs, batch or 1, self.spec.device)
+            kept = allocate(self.specs_after(state.count + ticks), batch or 1, self.spec.device)
+        elif key.capacity != self.capacity(state.count):
+            kept = grow(kept, self.specs_after(state.count + ticks))
         extra = {"count": state.count, "length": FOREVER if length is None else length}
         where = [torch.tensor(extra[w], device=self.spec.device) for w in program.wants]
         outputs, after = program.module(*inputs, *where, *kept)
@@ -162,35 +189,35 @@ class Compiled:
         return [p if leaf.value is not None else [] for p, leaf in zip(parts, self.plan.outputs, strict=True)]
 
     def _as_traced(self, ticks: int) -> None:
-        """Raise if the model, run offline on so many ticks, gives an output of another length than the stream does."""
-        capture = self.plan.capture
-        for leaf in self.plan.outputs:
-            if leaf.value is None or leaf.clip or not capture.symbolic_time:
-                continue
-            axis = leaf.value.layout.time
-            offline = capture.sample(leaf.node.meta["val"].shape[axis], Point(capture.points[0].batch, ticks))
-            streamed = self.plan.schedule.length(leaf.value, ticks)
-            if offline == streamed or max(offline, streamed) <= 0:
-                continue
-            shapes = self._offline_shapes(ticks)  # the trace's own algebra may have taken the example's branch
-            if shapes is None or shapes[self.plan.outputs.index(leaf)][axis] == streamed:
-                continue
+        """Raise if the model, run offline on so many ticks, does otherwise than where it was traced."""
+        capture, schedule = self.plan.capture, self.plan.schedule
+        streams = [
+            (i, leaf.node.meta["val"].shape[v.layout.time], v.layout.time, schedule.length(v, ticks))
+            for i, leaf in enumerate(self.plan.outputs)
+            if (v := leaf.value) is not None and not leaf.clip
+        ]
+        if not streams:
+            return
+        point = Point(capture.points[0].batch, ticks)
+        if capture.symbolic_time and capture.assumed(ticks):
+            pairs = [(capture.sample(size, point), streamed) for _, size, _, streamed in streams]
+            if all(offline == streamed or max(offline, streamed) <= 0 for offline, streamed in pairs):
+                return
+        hint = "compile(..., equivalence='clip') recomputes whole clips of the traced length"
+        line = self.plan.runs.otherwise(ticks)
+        if line is not None:
             raise InputError(
-                f"a stream of {ticks} frames cannot end here: the model's sizes follow the length in steps, and "
-                f"offline it gives {offline} frames where the stream has {streamed}"
+                f"a stream of {ticks} frames cannot end here: at this length the model does otherwise than at the "
+                f"traced {capture.points[0].ticks}\n    at      {line}\n    try     {hint}"
             )
-
-    def _offline_shapes(self, ticks: int) -> list[torch.Size] | None:
-        """The shapes of the model's outputs on so many ticks, from a run on fake tensors; None if that fails."""
-        try:
-            with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad(), as_for_inference(self.model):
-                inputs = [
-                    torch.empty(s, dtype=d, device=self.spec.device)
-                    for s, d in zip(self.spec.sizes(ticks), self.spec.dtypes, strict=True)
-                ]
-                return [x.shape for x in pytree.tree_leaves(self.model(*inputs))]
-        except Exception:
-            return None
+        run = self.plan.runs.at(ticks)
+        for i, _, axis, streamed in streams:
+            offline = run.shapes[i][axis] if run is not None and not run.cut else streamed
+            if offline != streamed and max(offline, streamed) > 0:
+                raise InputError(
+                    f"a stream of {ticks} frames cannot end here: the model's sizes follow the length in steps, and "
+                    f"offline it gives {offline} frames where the stream has {streamed}\n    try     {hint}"
+                )
 
     def join(self, parts: list[list[torch.Tensor]]) -> list[torch.Tensor | None]:
         """The frames of each output leaf in one tensor."""

@@ -140,8 +140,9 @@ class InputSpec:
                 shape[b] = x.shape[b] if x.dim() == len(shape) and found is None else found
                 found = shape[b]
             if tuple(x.shape) != tuple(shape):
-                what = "a frame" if frames else f"{ticks} ticks"
-                raise InputError(f"input '{name}' has shape {tuple(x.shape)}, expected {tuple(shape)} for {what}")
+                what = "one frame" if frames else f"{ticks} frames" if self.frames[i] == 1 else f"{ticks} ticks"
+                wanted = ", ".join("batch" if n is None else str(n) for n in shape) + ("," if len(shape) == 1 else "")
+                raise InputError(f"input '{name}' has shape {tuple(x.shape)}, expected ({wanted}) for {what}")
 
     def part(self, inputs: Sequence[torch.Tensor], start: int, ticks: int) -> list[torch.Tensor]:
         """Some ticks of chunks."""

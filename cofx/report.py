@@ -57,7 +57,7 @@ def report(compiled: Compiled) -> Report:
     warm = max([settled, *(first for first, _ in compiled.clips)])
     warm += -warm % period
     with torch.no_grad(), as_for_inference(compiled.model):
-        clip = compiled.spec.zeros(compiled.spec.blank(batch, _untimed(compiled)), ticks)
+        clip = compiled.spec.zeros(compiled.spec.blank(batch, _untimed(compiled, batch)), ticks)
         state = StreamState()
         for _ in range(warm):
             _, state = compiled.advance(state, compiled.spec.part(clip, 0, 1), 1, None, frames=False)
@@ -68,20 +68,24 @@ def report(compiled: Compiled) -> Report:
     ended = [
         n for n, f in plan.facts.of.items() if isinstance(f, InClip) and n in repeated and _first(n, plan.facts.of)
     ]
+    branch = (f"what is computed depends on the clip's length: {plan.branch}",) if plan.branch else ()
     return Report(
         macs_per_step=step / period,
         macs_per_clip=total,
         clip_frames=ticks,
         streamed=1.0 if total == 0 else 1 - sum(nodes.get(n, 0) for n in repeated) / total,
         state_bytes=sum(t.numel() * t.element_size() for t in state.tensors or ()),
-        recomputed=tuple(f"{plan.facts.of[n].reason}: {user_frame(n)}" for n in ended),
+        recomputed=tuple(f"{plan.facts.of[n].reason}: {user_frame(n)}" for n in ended) + branch,
     )
 
 
-def _untimed(compiled: Compiled) -> list[torch.Tensor]:
-    spec = compiled.spec
-    shapes = zip(spec.shapes, spec.dtypes, spec.times, strict=True)
-    return [torch.zeros(s, dtype=d, device=spec.device) for s, d, t in shapes if t is None]
+def _untimed(compiled: Compiled, batch: int) -> list[torch.Tensor]:
+    spec, out = compiled.spec, []
+    for shape, dtype, t, b in zip(spec.shapes, spec.dtypes, spec.times, spec.batches, strict=True):
+        if t is None:
+            size = [batch if i == b else n for i, n in enumerate(shape)]
+            out.append(torch.zeros(size, dtype=dtype, device=spec.device))
+    return out
 
 
 def _first(node: fx.Node, facts: dict[fx.Node, Any]) -> bool:

@@ -24,7 +24,7 @@ from .passes.pipeline import Leaf, Plan, compile_plan
 from .report import Report, report
 from .runtime.errors import InputError, StateError
 from .runtime.lane_layout import LaneLayout
-from .runtime.lane_state import LaneState, lane_indices, put_lanes, take_lanes
+from .runtime.lane_state import LaneState, lane_indices, take_lanes
 from .runtime.state import StreamState, restore, snapshot
 from .runtime.state_file import HELD, read_state, write_state
 from .verification import Verification, verify
@@ -167,9 +167,11 @@ class StepModule(nn.Module):
         for leaf in plan.outputs:
             if leaf.equivalence == "first-clip" and self._equivalence is None:
                 warnings.warn(
-                    f"{leaf.node.name} equals model(clip) after the first clip; later it pools over the last frames of "
-                    f"the stream, because {leaf.reason} follows padding or memory. "
-                    "compile(..., equivalence='clip') recomputes each clip instead.",
+                    f"{leaf.node.name} equals model(clip) after the first {ticks} frames and a flush. From then on it "
+                    f"is computed from the last frames of the stream, not of a clip of its own: {leaf.reason} comes "
+                    "after padding or memory, which see where a clip begins. compile(..., equivalence='clip') gives "
+                    "model(last clip) at every step instead, by recomputing each clip; equivalence='first-clip' asks "
+                    "for this one and is silent.",
                     stacklevel=4,
                 )
                 break
@@ -377,7 +379,7 @@ class StepModule(nn.Module):
             running = self._as_lanes()
             if running is not None:
                 blank = self._programs().fresh(lane_indices(lanes, running.lanes).numel())
-                self._state, self._lanes = StreamState(), put_lanes(running, blank, lanes)
+                self._state, self._lanes = StreamState(), self._programs().put(running, blank, lanes)
             return
         self._state, self._lanes = StreamState(), None
         if self._compiled is not None:
@@ -392,11 +394,11 @@ class StepModule(nn.Module):
                 snapshots have once lanes go each by itself.
         """
         if lanes is None and self._lanes is None:
-            return snapshot(self._state, self._compiled.specs if self._compiled else ())
+            return snapshot(self._state, self._compiled.specs_after(self._state.count) if self._compiled else ())
         running = self._as_lanes()
         if running is None:
             raise InputError("there are no lanes before the first call")
-        return take_lanes(running, self._programs().specs, lanes)
+        return take_lanes(running, self._programs().specs_for(running), lanes)
 
     def set_state(self, state: Mapping[str, torch.Tensor], lanes: Any = None) -> None:
         """Go on from a snapshot.
@@ -409,18 +411,19 @@ class StepModule(nn.Module):
             StateError: it belongs to another model; nothing has changed.
         """
         if POSITION not in state and lanes is None:
-            restored = restore(dict(state), self.compiled.specs, self.compiled.spec.device)
+            restored = restore(dict(state), self.compiled.specs_after, self.compiled.spec.device)
             self._state, self._lanes = restored, None
             return
         if POSITION in state:
             other = self._programs().restore(dict(state))
         else:
-            other = self._programs().from_stream(restore(dict(state), self.compiled.specs, self.compiled.spec.device))
+            stream = restore(dict(state), self.compiled.specs_after, self.compiled.spec.device)
+            other = self._programs().from_stream(stream)
         if lanes is not None:
             running = self._as_lanes()
             if running is None:
                 raise StateError("there are no lanes yet: set_state(state) without lanes, or make a first call")
-            other = put_lanes(running, other, lanes)
+            other = self._programs().put(running, other, lanes)
         self._state, self._lanes = StreamState(), other
 
     def save_state(self, path: str | os.PathLike[str]) -> None:
@@ -436,9 +439,9 @@ class StepModule(nn.Module):
             running = None
         if running is None:
             about["form"] = "stream"
-            tensors = snapshot(self._state, self.compiled.specs)
+            tensors = snapshot(self._state, self.compiled.specs_after(self._state.count))
         else:
-            tensors = take_lanes(running, programs.specs)
+            tensors = take_lanes(running, programs.specs_for(running))
         tensors |= {f"{HELD}{i}": x for i, x in enumerate(self._held)}
         write_state(path, {k: t.detach().cpu().contiguous() for k, t in tensors.items()}, about, "torch")
 
@@ -458,6 +461,22 @@ class StepModule(nn.Module):
         else:
             self.set_state(tensors)
         self._held = tuple(x.to(self.compiled.spec.device) for x in held)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What `pickle` and `copy.deepcopy` take: the model, how it was compiled, and a snapshot of the stream."""
+        compiled = self._compiled
+        clock = None if compiled is None else (compiled.plan.clock, compiled.batch)
+        return {**self.__dict__, "_compiled": clock, "_state": self.get_state(), "_lanes": None, "_lane_programs": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Trace the model again and go on where the stream was."""
+        state = dict(state)
+        traced, stream = state.pop("_compiled"), state.pop("_state")
+        super().__setstate__({**state, "_compiled": None, "_state": StreamState()})  # type: ignore[no-untyped-call]
+        if traced is not None:
+            clock, batch = traced
+            self._compiled = Compiled(self.model, self._plan(self._example, clock, self._ticks, batch), batch)
+            self.set_state(stream)
 
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
         """The model's own: its checkpoints load into either."""
@@ -484,6 +503,7 @@ class StepModule(nn.Module):
         dynamic_batch: bool = True,
         opset: int | None = None,
         controls: bool = True,
+        longest: int | None = None,
     ) -> None:
         """Write the step model as an ONNX file that is right from the first frame in any runtime.
 
@@ -499,6 +519,8 @@ class StepModule(nn.Module):
             opset: version of the operator set, 18 (the default) or later.
             controls: False leaves out start, ready and length, for the barest graph: all lanes begin with states of
                 zeros, and none ends.
+            longest: frames of the longest stream, for a model that keeps all of a stream (attention over all frames so
+                far); no output is valid beyond it. Default four clips.
 
         Raises:
             OnnxError: an op has no ONNX form; the message names it. No file is left behind.
@@ -520,6 +542,7 @@ class StepModule(nn.Module):
             dynamic_batch=dynamic_batch,
             opset=opset,
             controls=controls,
+            capacity=(longest or 4 * self._ticks) if programs.grows else 0,
         )
 
     def report(self) -> Report:

@@ -1,15 +1,17 @@
 """Pass 1: trace the module into one ATen graph, with as little of its shapes fixed as it allows.
 
-Ways of tracing are tried in turn (`_WAYS`); the first that succeeds is taken. The result is a `Capture`: a graph
-whose parameters are ``get_attr`` nodes of the user's own module, and a way of telling what each of its sizes is at
-other batch sizes and lengths.
+Ways of tracing are tried in turn; the first that succeeds is taken. The result is a `Capture`: a graph
+whose parameters are ``get_attr`` nodes of the user's own module, a way of telling what each of its sizes is at other
+batch sizes and lengths, and another of telling whether what the trace took for certain holds there.
 """
 
 from __future__ import annotations
 
 import contextlib
 import inspect
+import io
 import logging
+import math
 import operator
 import signal
 import threading
@@ -24,14 +26,21 @@ from torch import fx, nn
 from torch.export import Dim, ExportedProgram, export
 from torch.export.graph_signature import InputKind
 from torch.utils import _pytree as pytree
+from torch.utils._sympy.printers import PythonPrinter
 
-from .errors import CaptureError
+from .caught_errors import caught_errors
+from .errors import CaptureError, raised_at
 from .inline_regions import inline_regions
+from .known_values import KnownValues
+from .record_calls import record_calls
 from .registry import NEEDS_NO_RULE, find_rule
 from .symbolic_recurrence import symbolic_recurrence
 
 TIME_LIMIT = 300.0  # seconds that one way of tracing may take
-_TRACING = threading.RLock()  # torch.export keeps global state: one trace at a time
+# Longer sample points differ from the traced length by this, so that they are alike modulo any product of strides that
+# one meets: powers of two, and hops such as 300, 320 or 441 frames.
+CONGRUENT = 2**12 * 3**2 * 5**2 * 7**2
+TRACING = threading.RLock()  # torch.export keeps global state: one trace at a time
 
 
 @dataclass(frozen=True)
@@ -53,6 +62,8 @@ class Capture:
         out_spec: the structure of the model's output.
         points: where sizes are known; the first is the trace's own.
         sample: a size, number or shape found in the graph (int, SymInt, ...) as it is at a point.
+        assumed: whether all that the trace took for certain (branches on sizes, numbers that did not move between the
+            points) also holds at so many ticks. With a fixed length: whether it was traced there.
     """
 
     graph: fx.Graph
@@ -63,6 +74,7 @@ class Capture:
     sample: Callable[[Any, Point], Any]
     symbolic_batch: bool
     symbolic_time: bool
+    assumed: Callable[[int], bool]
 
 
 @dataclass(frozen=True)
@@ -76,6 +88,12 @@ class Clock:
     def batch(self, example: Sequence[torch.Tensor]) -> int:
         """The batch size of an example (1 if there is no batch axis)."""
         return next((x.shape[b] for x, b in zip(example, self.batch_dims, strict=True) if b is not None), 1)
+
+    def ticks(self, example: Sequence[torch.Tensor]) -> int:
+        """The length of an example in ticks."""
+        return next(
+            x.shape[t] // k for x, t, k in zip(example, self.time_dims, self.frames, strict=True) if t is not None
+        )
 
     def resized(self, example: Sequence[torch.Tensor], point: Point) -> tuple[torch.Tensor, ...]:
         """The example with another batch size and length, its frames repeated or cropped."""
@@ -99,32 +117,48 @@ def capture(model: nn.Module, example: Sequence[torch.Tensor], clock: Clock, tic
     Raises:
         CaptureError: no way of tracing succeeded.
     """
-    said = []
-    with _TRACING, as_for_inference(model), quiet():
+    causes: dict[str, str] = {}  # by the line that raised
+    with TRACING, as_for_inference(model), quiet():
         ways = [(_export_open, max(2, batch)), (_export_open, batch), (_export_open_batch, max(2, batch)),
-                (_export_fixed, batch)]  # fmt: skip
+                (_export_fixed, batch), (_export_recorded, max(2, batch))]  # fmt: skip
         for way, lanes in dict.fromkeys(ways):
             point = Point(lanes, ticks)
             try:
                 with time_limit(TIME_LIMIT):
                     inputs = clock.resized(example, point)
                     program = way(model, inputs, clock)
-                    found = _from_export(model, program, clock, point)
+                    found = _from_export(model, program, clock, point, recorded=way is _export_recorded)
                 if found.symbolic_batch or clock.batch(inputs) == batch:
                     return found
-                said.append(f"{way.__name__.lstrip('_')}: the model fixes the batch size")
+                raise CaptureError("the model fixes the batch size")
             except Exception as error:
-                said.append(f"{way.__name__.lstrip('_')}: {type(error).__name__}: {_first_line(error)}")
-    raise CaptureError("the model could not be traced:\n    " + "\n    ".join(said))
+                where = raised_at(error)
+                told = _told(error, where)
+                causes.setdefault(where or told, told)
+    raise CaptureError("\n".join(causes.values()))
 
 
-def _first_line(error: Exception) -> str:
+def _cause(error: Exception) -> str:
     text = str(error).strip()
     return text.splitlines()[0][:300] if text else ""
 
 
+def _told(error: Exception, where: str | None) -> str:
+    """Why a trace failed, where, and what to do about it."""
+    kind = type(error).__name__
+    hint = "keep this out of the model that is compiled, or rewrite it so that torch.export takes the model"
+    if "DataDependent" in kind or "value out of a tracing tensor" in str(error):
+        reason = "the model could not be traced: what it computes depends on the data, by a branch or a size"
+        hint = "compute both sides and choose with torch.where, or keep this out of the model that is compiled"
+    elif isinstance(error, CaptureError):
+        reason = f"the model could not be traced: {_cause(error)}"
+    else:
+        reason = f"the model could not be traced: {kind}: {_cause(error)}"
+    return "\n".join([reason, *([f"    at      {where}"] if where else []), f"    try     {hint}"])
+
+
 def _export(model: nn.Module, inputs: tuple[torch.Tensor, ...], dims: list[dict[int, Any]]) -> ExportedProgram:
-    with symbolic_recurrence():
+    with symbolic_recurrence(), caught_errors(), KnownValues():
         program = export(
             model,
             inputs,
@@ -181,6 +215,19 @@ def _export_fixed(model: nn.Module, inputs: tuple[torch.Tensor, ...], clock: Clo
     return _export(model, inputs, [{} for _ in inputs])
 
 
+def _export_recorded(model: nn.Module, inputs: tuple[torch.Tensor, ...], clock: Clock) -> ExportedProgram:
+    point = Point(clock.batch(inputs), clock.ticks(inputs))
+    wider, longer = Point(point.batch + 1, point.ticks), Point(point.batch, 2 * point.ticks)
+    recorded, (batch, time) = record_calls(
+        model, inputs, [lambda: clock.resized(inputs, wider), lambda: clock.resized(inputs, longer)]
+    )
+    dims = [
+        {d: Dim.AUTO for d, same in ((b, batch), (t, time)) if d is not None and same}
+        for b, t in zip(clock.batch_dims, clock.time_dims, strict=True)
+    ]
+    return _export(recorded, inputs, dims)
+
+
 def needs_functionalization(graph: fx.Graph) -> bool:
     """Whether something is written in place to a tensor that is seen elsewhere too.
 
@@ -213,7 +260,7 @@ def needs_functionalization(graph: fx.Graph) -> bool:
     return False
 
 
-def _from_export(model: nn.Module, program: ExportedProgram, clock: Clock, point: Point) -> Capture:
+def _from_export(model: nn.Module, program: ExportedProgram, clock: Clock, point: Point, recorded: bool) -> Capture:
     graph = fx.Graph()
     env: dict[fx.Node, fx.Node] = {}
     constants: dict[str, torch.Tensor] = {}
@@ -245,15 +292,15 @@ def _from_export(model: nn.Module, program: ExportedProgram, clock: Clock, point
         axis
         for n, t, b in zip(placeholders, clock.time_dims, clock.batch_dims, strict=True)
         for axis, d in (("time", t), ("batch", b))
-        if d is not None and _is_open(n.meta["val"].shape[d], program)
+        if d is not None and _varies(n.meta["val"].shape[d])
     }
     time, batch = "time" in free, "batch" in free
     points = [point]
     if batch:
         points.append(Point(point.batch + 1, point.ticks))
     if time:
-        # lengths that keep every congruence of the traced one with respect to small moduli
-        points += [Point(point.batch, point.ticks + 5040), Point(point.batch, point.ticks + 3 * 5040)]
+        _no_constants(placeholders, clock, symbols, point)
+        points += [Point(point.batch, point.ticks + CONGRUENT), Point(point.batch, point.ticks + 3 * CONGRUENT)]
     return Capture(
         graph=graph,
         constants=constants,
@@ -263,15 +310,89 @@ def _from_export(model: nn.Module, program: ExportedProgram, clock: Clock, point
         sample=Sampler(symbols),
         symbolic_batch=batch,
         symbolic_time=time,
+        assumed=Assumptions(program, symbols, points)
+        if time and not recorded
+        else lambda ticks: ticks in {p.ticks for p in points},
     )
 
 
-def _is_open(size: Any, program: ExportedProgram) -> bool:
-    """Whether a traced size may be another: not where the model made a number of it (`int`, `range`)."""
+class Assumptions:
+    """Whether what a trace took for certain holds at other lengths too: see `Capture.assumed`."""
+
+    def __init__(
+        self, program: ExportedProgram, symbols: dict[sympy.Symbol, Callable[[Point], int]], points: list[Point]
+    ) -> None:
+        self.symbols, self.point = {str(s): f for s, f in symbols.items()}, points[0]
+        printer = PythonPrinter()
+        lines: dict[str, Any] = {}
+        sample = Sampler(symbols)
+        for symbol, allowed in program.range_constraints.items():
+            if symbol in symbols:
+                for op, limit in ((">=", allowed.lower), ("<=", allowed.upper)):
+                    if isinstance(limit, sympy.Integer) and not (op == ">=" and limit <= 2):  # torch knows no 0 and 1
+                        lines[f"{symbol} {op} {limit}"] = True
+        for node in program.graph.nodes:
+            if "assert" in str(node.target):
+                condition = node.args[0].meta.get("val") if isinstance(node.args[0], fx.Node) else None
+                if isinstance(condition, torch.SymBool):
+                    lines[printer.doprint(condition.node.expr)] = True
+            for size in _sizes(node):
+                seen = {sample(size, p) for p in points if p.batch == points[0].batch}
+                if len(seen) == 1:
+                    lines[printer.doprint(size.node.expr)] = seen.pop()
+        self.code = [(compile(line, "<assumption>", "eval"), value) for line, value in lines.items()]
+
+    def __call__(self, ticks: int) -> bool:
+        point = Point(self.point.batch, ticks)
+        values: dict[str, Any] = {s: f(point) for s, f in self.symbols.items()}
+        values["math"] = math
+        try:
+            return all(eval(code, values) == wanted for code, wanted in self.code)
+        except (ArithmeticError, NameError):
+            return False
+
+
+def _sizes(node: fx.Node) -> Iterator[torch.SymInt]:
+    """The sizes of a node that were left open."""
+    for value in pytree.tree_leaves(node.meta.get("val")):
+        for size in value.shape if isinstance(value, torch.Tensor) else (value,):
+            if isinstance(size, torch.SymInt) and isinstance(size.node.expr, sympy.Expr):
+                yield size
+
+
+def _no_constants(placeholders: list[fx.Node], clock: Clock, symbols: Any, point: Point) -> None:
+    """Raise if the trace took a size for a constant (``int(n)``): an equality that fails at longer clips.
+
+    Raises:
+        CaptureError: then another way of tracing, with the length fixed, is better.
+    """
+    node, axis = next(
+        (n, t) for n, t in zip(placeholders, clock.time_dims, strict=True) if t is not None and _open(n, t)
+    )
+    environment = node.meta["val"].shape[axis].node.shape_env
+    assumed = [g.expr for g in environment.guards]
+    assumed += [a.expr for asserts in environment.deferred_runtime_asserts.values() for a in asserts]
+    far = Point(point.batch, point.ticks + CONGRUENT)
+    for expr in assumed:
+        if isinstance(expr, sympy.Eq) and set(expr.free_symbols) <= set(symbols) and not _holds(expr, symbols, far):
+            raise CaptureError(f"the trace took a size for a constant: {expr}")
+
+
+def _open(node: fx.Node, axis: int) -> bool:
+    size = node.meta["val"].shape[axis]
+    return isinstance(size, torch.SymInt) and isinstance(size.node.expr, sympy.Symbol)
+
+
+def _varies(size: int | torch.SymInt) -> bool:
+    """Whether a size was left open (after a loop over it, ``range(n)``, a symbol may have one value only)."""
     if not isinstance(size, torch.SymInt):
         return False
-    bounds = program.range_constraints.get(size.node.expr)
-    return bounds is None or not bounds.is_singleton()
+    allowed = size.node.shape_env.bound_sympy(size.node.expr)
+    return bool(allowed.lower != allowed.upper)
+
+
+def _holds(expr: Any, symbols: dict[sympy.Symbol, Callable[[Point], int]], point: Point) -> bool:
+    return bool(expr.xreplace({s: sympy.Integer(f(point)) for s, f in symbols.items()}) != sympy.false)
 
 
 def _symbols(placeholders: list[fx.Node], clock: Clock) -> dict[sympy.Symbol, Callable[[Point], int]]:
@@ -309,25 +430,34 @@ class Sampler:
 
 @contextlib.contextmanager
 def as_for_inference(model: nn.Module) -> Iterator[None]:
-    """The module in eval mode, each submodule put back afterwards to the mode that it was in."""
-    modes = [(m, m.training) for m in model.modules()]
+    """The module in eval mode; afterwards each submodule has its mode, attributes and buffers again as they were."""
+    before = [(m, m.training, dict(m.__dict__), _own_buffers(m)) for m in model.modules()]
     fastpath = torch.backends.mha.get_fastpath_enabled()
     try:
-        for m, _ in modes:
+        for m, *_ in before:
             m.training = False
         torch.backends.mha.set_fastpath_enabled(False)
         yield
     finally:
-        for m, training in modes:
+        for m, training, attributes, buffers in before:
             m.training = training
+            if any(_own_buffers(m).get(name) is not b for name, b in buffers.items()):
+                m._buffers.update(buffers)
+            for name in m.__dict__.keys() - attributes.keys():
+                del m.__dict__[name]
+            m.__dict__.update(attributes)
         torch.backends.mha.set_fastpath_enabled(fastpath)
+
+
+def _own_buffers(module: nn.Module) -> dict[str, torch.Tensor | None]:
+    return {} if isinstance(module, torch.jit.ScriptModule) else dict(module._buffers)
 
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
     """Tracing tells its own developers many things; the user hears what concerns them in one exception."""
     disabled = logging.root.manager.disable
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
         warnings.simplefilter("ignore")
         logging.disable(logging.ERROR)
         try:

@@ -1,4 +1,4 @@
-"""Pass 2b, for a model whose trace fixes the clip's length: trace it at another length and compare.
+"""Pass 2b, for a model whose trace fixes or bounds the clip's length: trace it at another length and compare.
 
 Where the two graphs have the same form, what differs between them is what depends on the length.
 """
@@ -11,32 +11,36 @@ from typing import Any
 from torch import fx
 from torch.fx.node import map_arg
 
-from .canonicalize import canonicalize
 from .capture import Capture
 from .errors import CaptureError
 
 
-def compare_lengths(graph: fx.Graph, captured: Capture, again: Callable[[int], Capture]) -> None:
+def compare_lengths(
+    graph: fx.Graph, captured: Capture, again: Callable[[int], tuple[Capture, fx.Graph]]
+) -> bool | None:
     """Add the sizes at twice the length as another sample point, if the model can be traced there in the same form.
 
     Args:
         graph: the canonical graph of `captured`.
-        again: traces the model at so many ticks.
+        again: traces the model at so many ticks, and gives its canonical graph.
+
+    Returns:
+        False if the model has another form at that length, None if it cannot be traced there.
     """
     try:
-        other = again(2 * captured.points[0].ticks)
+        other, twin = again(2 * captured.points[0].ticks)
     except CaptureError:
-        return
-    twin = canonicalize(other)
+        return None
     pairs = list(zip(graph.nodes, twin.nodes, strict=False))
     back = {b: a for a, b in pairs}
     if len(graph.nodes) != len(twin.nodes) or not all(_same_form(a, b, back) for a, b in pairs):
-        return
+        return False
     captured.points.append(other.points[0])
     for a, b in pairs:
         if a.op != "output":
             a.meta["samples"].append(map_arg(b.meta["samples"][0], lambda n: back[n]))
             a.meta["sizes"].append(b.meta["sizes"][0])
+    return True
 
 
 def _same_form(a: fx.Node, b: fx.Node, back: dict[fx.Node, fx.Node]) -> bool:

@@ -16,8 +16,10 @@ from __future__ import annotations
 import linecache
 import os
 import re
+import traceback
 from dataclasses import dataclass
 
+import sympy  # type: ignore[import-untyped]
 import torch
 from torch import fx
 
@@ -51,9 +53,10 @@ class Refusal:
     reason: str
     node: fx.Node
     hint: str
+    at: str | None = None  # the user's line, if not the node's
 
     def __str__(self) -> str:
-        path, line = user_frame(self.node), module_path(self.node)
+        path, line = self.at or user_frame(self.node), module_path(self.node)
         return "\n".join(
             (
                 self.reason,
@@ -94,6 +97,9 @@ class NonLocalError(RefusedError):
 
 _FRAME = re.compile(r'File "(?P<file>[^"]+)", line (?P<line>\d+), in (?P<function>\S+)')
 _TORCH = os.path.dirname(torch.__file__) + os.sep
+_PACKAGE = os.path.dirname(os.path.dirname(__file__)) + os.sep
+_STANDARD = os.path.dirname(os.__file__) + os.sep
+_LIBRARIES = (_TORCH, _PACKAGE, os.path.dirname(sympy.__file__) + os.sep, "<eval_with_key")
 
 
 def user_frame(node: fx.Node) -> str:
@@ -103,8 +109,22 @@ def user_frame(node: fx.Node) -> str:
     if not own:
         return "(unknown line)"
     file, line, function = own[-1]
-    code = linecache.getline(file, int(line)).strip()
+    return line_of(file, int(line), function)
+
+
+def line_of(file: str, line: int, function: str) -> str:
+    code = linecache.getline(file, line).strip()
     return f"{os.path.relpath(file) if file.startswith(os.getcwd()) else file}:{line} in {function}:  {code}"
+
+
+def raised_at(error: BaseException) -> str | None:
+    """The innermost line of the user's own code that led to an exception, or None."""
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if is_users(f.filename)]
+    return line_of(frames[-1].filename, frames[-1].lineno or 0, frames[-1].name) if frames else None
+
+
+def is_users(file: str) -> bool:
+    return not file.startswith(_LIBRARIES) and (not file.startswith(_STANDARD) or "site-packages" in file)
 
 
 def module_path(node: fx.Node) -> str:

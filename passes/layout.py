@@ -4,6 +4,8 @@ A `Layout` is a shape whose dimensions are products of factors: ints, `BATCH` an
 ``(B*T, C, H, W)`` has the layout ``((BATCH, TIME), (C,), (H,), (W,))``; one whose frames were paired,
 ``(B, T/2, 2*C)``, has ``((BATCH,), (TIME,), (2*C,))`` on a clock half as fast. Reshapes are then a matter of taking
 the factors, in row-major order, and parting them anew: no op needs to know what the user meant by a `view`.
+
+What has an entry for every two frames (attention scores, masks) has `TIME` for one and `KEY` for the other.
 """
 
 from __future__ import annotations
@@ -20,12 +22,13 @@ class Axis(enum.Enum):
 
     BATCH = "B"
     TIME = "T"
+    KEY = "K"
 
     def __repr__(self) -> str:
         return self.value
 
 
-BATCH, TIME = Axis.BATCH, Axis.TIME
+BATCH, TIME, KEY = Axis.BATCH, Axis.TIME, Axis.KEY
 Factor = int | Axis
 Dim = tuple[Factor, ...]
 Sizes = tuple[int, ...]  # one size, as seen at each sample point
@@ -111,9 +114,21 @@ class Layout:
         d, i = self.dims[self.time], self.dims[self.time].index(TIME)
         return self.replace(self.time, *(part for part in (d[:i], (TIME,), d[i + 1 :]) if part))
 
-    def sizes(self, batch: Any, frames: Any) -> list[Any]:
-        """The shape for a batch size and a number of frames (anything that can be multiplied)."""
-        value = {BATCH: batch, TIME: frames}
+    @property
+    def paired(self) -> bool:
+        """Whether it has an entry for every two frames."""
+        return any(KEY in d for d in self.dims)
+
+    @property
+    def key(self) -> int:
+        """The dimension that holds the second frame of a pair."""
+        (found,) = (i for i, d in enumerate(self.dims) if KEY in d)
+        return found
+
+    def sizes(self, batch: Any, frames: Any, keys: Any = None) -> list[Any]:
+        """The shape for a batch size and a number of frames (anything that can be multiplied); of pairs also of keys,
+        if they are not as many."""
+        value = {BATCH: batch, TIME: frames, KEY: frames if keys is None else keys}
         return [math.prod(value[f] if isinstance(f, Axis) else f for f in d) for d in self.dims]
 
 
@@ -139,7 +154,7 @@ def reshape(layout: Layout, target: Sequence[Sizes], batch: Sizes, frames: Sizes
         Grouped: time is parted into groups of frames; group first, then ask again.
         Unshapeable: time is torn apart otherwise.
     """
-    values = {BATCH: batch, TIME: frames}
+    values = {BATCH: batch, TIME: frames, KEY: frames}
     flat = [f for d in layout for f in d]
     ones = (1,) * len(batch)
     dims: list[Dim] = []

@@ -22,9 +22,11 @@ from .canonicalize import canonicalize
 from .capture import Capture, Clock, capture
 from .codegen.graph_module import Constants
 from .compare_lengths import compare_lengths
+from .compare_runs import Runs
 from .errors import NonLocalError, Refusal, RefusedError
 from .propagate_facts import Facts, propagate_facts
 from .registry import Call, InClip
+from .roll_up_loops import gather_assignments, roll_up_loops
 from .schedule_delays import Schedule, reach, schedule_delays
 from .stream_graph import Clip, Op, Value, View, read
 
@@ -112,6 +114,11 @@ class Plan:
     constants: Constants
     clock: Clock
     capture: Capture
+    runs: Runs
+    limit: (
+        tuple[int, str | None] | None
+    )  # the last tick up to which the model does as it was traced, and where it ceases to
+    branch: str | None  # a line that does otherwise at other lengths, for which whole clips are recomputed
     timings: dict[Value, Timing] = field(default_factory=dict)
 
     def about(self, value: Value | None) -> Timing | None:
@@ -141,6 +148,7 @@ def compile_plan(
     batch: int,
     equivalence: str | None,
     newest: bool,
+    context: int | None = None,
 ) -> Plan:
     """Everything from the user's module to a schedule.
 
@@ -151,18 +159,32 @@ def compile_plan(
         ticks, batch: the clip length in ticks and the batch size to trace with.
         equivalence: the equivalence that is asked for, or None for the best that the ops allow.
         newest: return only the newest frame of a clip's output.
+        context: frames that attention may read, its own included, where the model sets no bound.
 
     Raises:
         CaptureError: the model cannot be traced.
         RefusedError: it holds ops that cannot be given as asked; all are listed.
     """
     captured = capture(model, example, clock, ticks, batch)
-    graph = canonicalize(captured)
-    if not captured.symbolic_time:
-        compare_lengths(graph, captured, lambda longer: capture(model, example, clock, longer, batch))
-    facts = propagate_facts(graph, captured, clock)
+    graph, facts, constants = _understand(model, captured, clock, context)
+
+    def again(longer: int) -> tuple[Capture, fx.Graph]:
+        other = capture(model, example, clock, longer, batch)
+        return other, _understand(model, other, clock, context)[0]
+
+    alike = captured.symbolic_time or compare_lengths(graph, captured, again)
+    if alike and not captured.symbolic_time:
+        facts = propagate_facts(graph, captured, clock, constants, context)
     leaves = list(pytree.tree_leaves(graph.output_node().args[0]))
     values = _values(facts, leaves, equivalence, newest)
+    runs = Runs(model, captured, clock, example)
+    words = {_word(v) for v in values if v is not None}
+    limit = runs.limit() if words & {"stream", "prefix"} else None
+    branch = _branch(captured, runs, values, alike, limit)
+    if branch is not None:  # every clip has the traced length
+        _may_be_clips(leaves[0], branch, equivalence)
+        facts = propagate_facts(graph, captured, clock, constants, context)
+        values = _values(facts, leaves, "clip", newest)
     _check(facts, leaves, values, equivalence)
     schedule = schedule_delays(facts.streams, values)
     nodes = [n for n in graph.nodes if n.op == "placeholder"]
@@ -174,10 +196,62 @@ def compile_plan(
         inputs=[(n, by_node.get(n)) for n in nodes],
         outputs=[_leaf(schedule, n, v) for n, v in zip(leaves, values, strict=True)],
         out_spec=captured.out_spec,
-        constants=Constants(tensors(model, captured), _not_constant(facts, captured)),
+        constants=constants,
         clock=clock,
         capture=captured,
+        runs=runs,
+        limit=limit if branch is None else None,
+        branch=branch,
     )
+
+
+def _word(value: Value) -> str:
+    clip = clip_of(value)
+    return clip.equivalence if clip else "stream"
+
+
+def _branch(
+    captured: Capture, runs: Runs, values: list[Value | None], alike: bool | None, limit: tuple[int, str | None] | None
+) -> str | None:
+    """A line at which the model does otherwise at lengths that a stream of it has, so that there is no such stream.
+
+    A stream that could not come to twice the clip's length is none. It has one length only: where it ends the model is
+    asked again. A prefix has each length in turn.
+    """
+    words = {_word(v) for v in values if v is not None}
+    length = captured.points[0].ticks
+    if alike is False and words & {"stream", "prefix"}:
+        return runs.otherwise(2 * length) or "(unknown line)"
+    if limit is not None and limit[0] < 2 * length and limit[1] is not None:
+        return limit[1]
+    if "prefix" in words:
+        first = min(c.first for v in values if (c := clip_of(v)) is not None and c.equivalence == "prefix")
+        shorter = range(first, length) if captured.symbolic_time else {first, (first + length) // 2, length - 1}
+        for ticks in shorter:
+            if not captured.assumed(ticks) and (line := runs.otherwise(ticks)) is not None:
+                return line
+    return None
+
+
+def _may_be_clips(leaf: fx.Node, branch: str, equivalence: str | None) -> None:
+    """Raise unless whole clips are what was asked for, or nothing was."""
+    if equivalence in (None, "clip"):
+        return
+    reason = "what the model computes depends on the clip's length"
+    raise RefusedError([Refusal(reason, leaf, "equivalence='clip' recomputes whole clips", branch)])
+
+
+def _understand(
+    model: nn.Module, captured: Capture, clock: Clock, context: int | None
+) -> tuple[fx.Graph, Facts, Constants]:
+    """The canonical graph of a capture, with its facts."""
+    graph = canonicalize(captured)
+    gather_assignments(graph)
+    while True:
+        constants = Constants(tensors(model, captured), _not_constant(graph, captured))
+        facts = propagate_facts(graph, captured, clock, constants, context)
+        if not roll_up_loops(graph, facts):
+            return graph, facts, constants
 
 
 def tensors(model: nn.Module, captured: Capture) -> dict[str, torch.Tensor]:
@@ -242,7 +316,9 @@ def _check(facts: Facts, leaves: list[fx.Node], values: list[Value | None], equi
             if isinstance(f, InClip) and not any(isinstance(facts.of[i], InClip) for i in n.all_input_nodes)
         ]
         unasked = f"equivalence '{equivalence}' was asked for, but this output is a '{got}'"
-        hint = "leave equivalence=None to have the clip recomputed, or keep this op out of the compiled model"
+        hint = "equivalence='clip' gives model(last clip) at every step, recomputed; None gives the best there is"
+        if equivalence == "clip":
+            hint = "leave equivalence=None, or keep this op out of the compiled model"
         raise NonLocalError([Refusal(getattr(facts.of[n], "reason", unasked), n, hint) for n in ended or leaves[:1]])
 
 
@@ -262,12 +338,12 @@ def _leaf(schedule: Schedule, node: fx.Node, value: Value | None) -> Leaf:
     )
 
 
-def _not_constant(facts: Facts, captured: Capture) -> set[fx.Node]:
+def _not_constant(graph: fx.Graph, captured: Capture) -> set[fx.Node]:
     """Static nodes that are not known before the inputs are: they depend on the batch size or on a static input."""
     found: set[fx.Node] = set()
     batch = [p.batch for p in captured.points]
     other = next((i for i, b in enumerate(batch) if b != batch[0]), None)
-    for node in facts.graph.nodes:
+    for node in graph.nodes:
         if node.op == "placeholder" or any(n in found for n in node.all_input_nodes):
             found.add(node)
         elif other is not None and node.op == "call_function":

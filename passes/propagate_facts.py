@@ -15,9 +15,10 @@ import torch
 from torch import fx
 
 from .capture import Capture, Clock
+from .codegen.graph_module import Constants
 from .errors import NonLocal, Refusal, Refuse
 from .layout import BATCH, TIME, Layout, Unshapeable, dim
-from .registry import Call, Fact, Head, InClip, Static, Tail, find_rule, takes_edges
+from .registry import Call, Fact, Head, InClip, Pair, Static, Tail, find_pair_rule, find_rule, takes_edges
 from .stream_graph import StreamGraph, Value
 
 aten = torch.ops.aten
@@ -41,7 +42,9 @@ class Facts:
     refusals: list[Refusal] = field(default_factory=list)
 
 
-def propagate_facts(graph: fx.Graph, capture: Capture, clock: Clock) -> Facts:
+def propagate_facts(
+    graph: fx.Graph, capture: Capture, clock: Clock, constants: Constants, context: int | None = None
+) -> Facts:
     """Facts for all nodes. Refusals are collected, not raised."""
     streams = StreamGraph(tuple(p.batch for p in capture.points), tuple(p.ticks for p in capture.points))
     facts = Facts(graph, streams)
@@ -52,7 +55,7 @@ def propagate_facts(graph: fx.Graph, capture: Capture, clock: Clock) -> Facts:
         elif node.op == "get_attr":
             facts.of[node] = Static()
         elif node.op == "call_function":
-            facts.of[node] = _fact(node, facts, capture)
+            facts.of[node] = _fact(node, facts, constants, context)
     return facts
 
 
@@ -79,21 +82,22 @@ def _input(node: fx.Node, streams: StreamGraph, time: int | None, batch: int | N
     return value
 
 
-def _fact(node: fx.Node, facts: Facts, capture: Capture) -> Fact:
+def _fact(node: fx.Node, facts: Facts, constants: Constants, context: int | None) -> Fact:
     given = [facts.of[n] for n in node.all_input_nodes]
     if node.target is operator.getitem:
         source, index = node.args
         fact = facts.of[source]  # type: ignore[index]
         return fact[index] if isinstance(fact, tuple) else fact  # type: ignore[index]
     flat = [f for g in given for f in (g if isinstance(g, tuple) else (g,))]
-    ended = next((f for f in flat if isinstance(f, InClip)), None)
+    paired = any(isinstance(f, Pair) for f in flat)
+    ended = next((f for f in flat if isinstance(f, InClip) and not isinstance(f, Pair)), None)
     understood = takes_edges(node.target) and any(isinstance(f, Value) for f in flat)
     understood = understood and all(isinstance(f, (Head, Tail, Value, Static)) for f in flat)
     if ended is not None and not understood:
         spectral = any(isinstance(f, InClip) and f.spectral for f in flat) or "fft" in str(node.target)
         return InClip(ended.reason, spectral=spectral)
-    call = Call(node, facts.streams, facts.of, node.meta["samples"], node.meta["sizes"])
-    timeless = ended is None and not any(isinstance(f, Value) for f in flat)
+    call = Call(node, facts.streams, facts.of, node.meta["samples"], node.meta["sizes"], constants, context)
+    timeless = ended is None and not paired and not any(isinstance(f, Value) for f in flat)
     random = torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
     if timeless and not random and not _depends_on_length(node, facts.streams):
         return Static()
@@ -102,10 +106,7 @@ def _fact(node: fx.Node, facts: Facts, capture: Capture) -> Fact:
         if random and node.target not in DRAWS_ONLY_IN_TRAINING:
             hint = "pass the noise as an input, or leave it away in eval mode"
             raise Refuse("random numbers are drawn in forward", hint)
-        apply = find_rule(node.target)
-        if apply is None:
-            raise NonLocal(f"there is no rule for {node.target}")
-        fact = apply(call)
+        fact = _apply(call, paired)
         _check(node, fact, facts.streams)
         return fact
     except (NonLocal, Unshapeable) as why:
@@ -114,6 +115,31 @@ def _fact(node: fx.Node, facts: Facts, capture: Capture) -> Fact:
     except Refuse as why:
         facts.refusals.append(Refusal(str(why), node, why.hint))
         return InClip(str(why))
+
+
+def _apply(call: Call, paired: bool) -> Fact:
+    """What the rule of frames says; and where that cannot or pairs of frames go in, the one of pairs."""
+    target = call.node.target
+    apply, of_pairs = find_rule(target), find_pair_rule(target)
+    if paired:
+        if of_pairs is None:
+            raise NonLocal("pairs of frames are read outside of attention")
+        return of_pairs(call)
+    if apply is None and of_pairs is None:
+        raise NonLocal(f"there is no rule for {target}")
+    known = len(call.graph.ops), len(call.graph.values)
+    try:
+        if apply is None:
+            raise NonLocal(f"there is no rule for {target}")
+        return apply(call)
+    except (NonLocal, Unshapeable) as why:
+        del call.graph.ops[known[0] :], call.graph.values[known[1] :]
+        if of_pairs is None:
+            raise
+        try:
+            return of_pairs(call)
+        except (NonLocal, Unshapeable) as more:
+            raise (more if "whole clip" in str(more) else why) from None
 
 
 def _depends_on_length(node: fx.Node, streams: StreamGraph) -> bool:
@@ -131,7 +157,8 @@ def _numbers(sample: dict[str, Any]) -> list[Any]:
 def _check(node: fx.Node, fact: Fact, streams: StreamGraph) -> None:
     """The sizes that a rule implies against those that tracing saw: a cross-check of every rule on every model."""
     found = fact if isinstance(fact, tuple) else (fact,)
-    for i, value in enumerate(found):
+    for i, each in enumerate(found):
+        value = each.value if isinstance(each, Pair) else each
         if not isinstance(value, Value):
             continue
         for batch, frames, seen in zip(streams.batch, value.lengths, node.meta["sizes"], strict=True):

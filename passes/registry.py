@@ -108,7 +108,23 @@ class Head(InClip):
     count: int
 
 
+@dataclass(frozen=True)
+class Pair(InClip):
+    """An entry for every two frames of a stream, as attention scores and masks have: it becomes a stream again where
+    it is summed over one of the two, if what is summed reaches no further than so many frames ahead.
+
+    Attributes:
+        value: with `TIME` for the one frame and `KEY` for the other; its op is evaluated where it is summed up.
+        data: it depends on more than positions.
+    """
+
+    value: Value
+    data: bool
+
+
 _RULES: dict[torch._ops.OpOverload, Rule] = {}
+_PAIR_RULES: dict[torch._ops.OpOverload, Rule] = {}
+_RULES_OF_KIND: dict[type, Rule] = {}
 
 
 def rule(*overloads: torch._ops.OpOverload) -> Callable[[Rule], Rule]:
@@ -126,6 +142,26 @@ def rule(*overloads: torch._ops.OpOverload) -> Callable[[Rule], Rule]:
             if op in _RULES:
                 raise ValueError(f"{op} has a rule already")
             _RULES[op] = function
+        return function
+
+    return register
+
+
+def rule_of_kind(kind: type) -> Callable[[Rule], Rule]:
+    """Register a rule for all targets of a class of our own."""
+
+    def register(function: Rule) -> Rule:
+        _RULES_OF_KIND[kind] = function
+        return function
+
+    return register
+
+
+def pair_rule(*overloads: torch._ops.OpOverload) -> Callable[[Rule], Rule]:
+    """Register a rule for overloads where pairs of frames go in or come out; asked when the frames' rule cannot."""
+
+    def register(function: Rule) -> Rule:
+        _PAIR_RULES.update(dict.fromkeys(overloads, function))
         return function
 
     return register
@@ -157,11 +193,22 @@ def find_rule(target: Any) -> Rule | None:
     """The rule of an overload, or the one for all pointwise ops, or None."""
     from . import rules
 
+    if type(target) in _RULES_OF_KIND:
+        return _RULES_OF_KIND[type(target)]
     if target in _RULES:
         return _RULES[target]
     if isinstance(target, torch._ops.OpOverload) and torch.Tag.pointwise in target.tags:
         return rules.pointwise.pointwise
     return None
+
+
+def find_pair_rule(target: Any) -> Rule | None:
+    """The rule of an overload for pairs of frames, or the one for all pointwise ops, or None."""
+    from . import rules
+
+    if target in _PAIR_RULES:
+        return _PAIR_RULES[target]
+    return rules.pairs.pointwise if find_rule(target) is rules.pointwise.pointwise else None
 
 
 @dataclass(eq=False)
@@ -173,6 +220,8 @@ class Call:
         facts: the facts of all nodes so far.
         samples: the arguments by name as seen at each sample point (ints differ where they depend on T or batch).
         sizes: the result's shape(s) at each sample point.
+        constants: the values of what depends on parameters alone.
+        context: the most frames back that attention may read, if the user bounds it.
     """
 
     node: fx.Node
@@ -180,6 +229,8 @@ class Call:
     facts: dict[fx.Node, Fact]
     samples: list[dict[str, Any]]
     sizes: list[Any]
+    constants: Any = None
+    context: int | None = None
 
     # -- arguments ---------------------------------------------------------------------------------------------------
 

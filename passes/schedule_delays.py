@@ -67,6 +67,7 @@ class Schedule:
         outputs: the values that the model returns (None: a static output).
         period: S; steps n and n + S do the same work.
         history: frames of each value that are kept between calls.
+        growing: values of which all frames are kept: for each reader its result, and how many frames more than that.
         settled: ticks after which no mask at the start is needed any more.
         sequential_from: ticks after which every sequential op has come to its first frame.
     """
@@ -75,6 +76,7 @@ class Schedule:
     outputs: list[Value | None]
     period: int
     history: dict[Value, int]
+    growing: dict[Value, list[tuple[Value, int]]]
     settled: int
     sequential_from: int
     counter: Counter
@@ -90,6 +92,12 @@ class Schedule:
         cycles, phase = divmod(n, self.period)
         return self.counter.at(phase).available[value] + int(value.rate * self.period) * cycles
 
+    def kept(self, value: Value, capacity: int) -> int:
+        """Frames of a value that are kept between calls, in a state that is made for streams of so many ticks."""
+        return max(
+            [self.history.get(value, 0), *(self.length(v, capacity) + m for v, m in self.growing.get(value, []))]
+        )
+
     def length(self, value: Value, n: int) -> int:
         """Frames of one value if the stream ends after `n` ticks."""
         cycles, phase = divmod(n, self.period)
@@ -103,8 +111,8 @@ def schedule_delays(graph: StreamGraph, outputs: Sequence[Value | None], waiting
     counter = Counter(graph, waiting)
     values = [v for op in graph.ops for v in op.outputs] + graph.inputs
     period = math.lcm(*(v.rate.denominator for v in values))
-    schedule = Schedule(graph, list(outputs), period, {}, 0, 0, counter)
-    schedule.history = _histories(schedule, values)
+    schedule = Schedule(graph, list(outputs), period, {}, {}, 0, 0, counter)
+    schedule.history, schedule.growing = _histories(schedule, values)
     schedule.settled, schedule.sequential_from = _settled(schedule)
     return schedule
 
@@ -126,16 +134,24 @@ def _live(graph: StreamGraph, outputs: Sequence[Value | None]) -> set[Op]:
     return live
 
 
-def _histories(schedule: Schedule, values: list[Value]) -> dict[Value, int]:
-    """For each value the most that any reader still needs, over all phases (outputs through views read too)."""
+def _histories(
+    schedule: Schedule, values: list[Value]
+) -> tuple[dict[Value, int], dict[Value, list[tuple[Value, int]]]]:
+    """For each value the most that any reader still needs, over all phases; and what is kept from its beginning on."""
     longest = dict.fromkeys(values, 0)
+    growing: dict[Value, dict[Value, int]] = {}
     for n in range(schedule.period):
         available = schedule.counts(n)
         for op in schedule.graph.ops:
             nxt = available[op.outputs[0]]
             for r in op.reads:
                 longest[r.source] = max(longest[r.source], available[r.source] - r.kept_taps.lo(nxt))
-    return {v: h for v, h in longest.items() if h > 0}
+                if r.everything:
+                    more = growing.setdefault(r.source, {})
+                    lag = available[r.source] - r.taps.hi(nxt) - 1
+                    more[op.outputs[0]] = max(more.get(op.outputs[0], 0), lag)
+    history = {v: h for v, h in longest.items() if h > 0 or v in growing}
+    return history, {v: list(readers.items()) for v, readers in growing.items()}
 
 
 def _settled(schedule: Schedule) -> tuple[int, int]:
@@ -143,7 +159,7 @@ def _settled(schedule: Schedule) -> tuple[int, int]:
     settled = sequential = 0
     for op in schedule.graph.ops:
         for r in op.reads:
-            if r.levels:
+            if r.levels and not r.everything:
                 settled = max(settled, _first(schedule, op, lambda j, r=r: r.kept_taps.lo(j) >= _start(r)))
         if op.carries or op.masked_until:
             settled = max(settled, _first(schedule, op, lambda j, op=op: j >= max(1, op.masked_until)))

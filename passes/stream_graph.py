@@ -39,7 +39,7 @@ class Mirror:
 Fill = Constant | Mirror
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, repr=False)
 class View:
     """Frame i is frame ``i + offset`` of `source`, or the fill where that lies outside of the source."""
 
@@ -48,7 +48,7 @@ class View:
     fill: Fill | None
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, repr=False)
 class Value:
     """A tensor that grows by frames.
 
@@ -76,7 +76,7 @@ class Value:
     memory: bool = False
     normalised: dict[Any, Value] = field(default_factory=dict)
 
-    def __str__(self) -> str:
+    def __repr__(self) -> str:
         return f"{self.name}: Stream({self.layout}) at {self.rate}"
 
 
@@ -105,6 +105,7 @@ class Read:
         field: the frames that an output frame depends on, where an op carries some of them as a sum.
         offset: source index minus the index that the op sees (it may read through views).
         through: the views, each with source index minus its own: a frame is there once it is sure to exist in all.
+        everything: all frames so far are read, from the first on (`taps` says up to which).
     """
 
     source: Value
@@ -115,6 +116,7 @@ class Read:
     field: Taps | None = None
     offset: int = 0
     through: tuple[tuple[Value, int], ...] = ()
+    everything: bool = False
 
     @property
     def ready_taps(self) -> Taps:
@@ -192,7 +194,7 @@ class Clip:
 Lower = Callable[..., Any]  # (builder, op, windows, span) -> nodes; see codegen.graph_module.Builder
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, repr=False)
 class Op:
     """One operation on frames.
 
@@ -208,6 +210,9 @@ class Op:
         several: the traced op returns a tuple.
         masked_until: its first so many frames need a masked program, whatever it reads.
         clip: what it evaluates, if it recomputes a clip.
+        columns: the reads that it takes at the frames of the keys (an op whose result has pairs of frames).
+        unrolled: a program repeats it frame by frame.
+        approximate: it reads no further back than the user allowed, where the model reads everything.
     """
 
     name: str
@@ -222,6 +227,9 @@ class Op:
     several: bool = False
     masked_until: int = 0
     clip: Clip | None = None
+    columns: frozenset[int] = frozenset()
+    unrolled: bool = False
+    approximate: bool = False
 
 
 @dataclass
@@ -253,6 +261,7 @@ def read(
     taps: Taps = SAME,
     fill: float | None = None,
     field: Taps | None = None,
+    everything: bool = False,
 ) -> Read:
     """A read of `value`, resolved through its views to the value that has the frames.
 
@@ -261,6 +270,7 @@ def read(
         taps: which frames each output frame needs.
         fill: what stands outside of the value, if the taps can reach there.
         field: the frames that each output frame depends on, if more than the taps.
+        everything: all frames before them are read too.
     """
     levels: list[Level] = []
     offset = wait = keep = 0
@@ -291,4 +301,18 @@ def read(
         field and field.shifted(offset),
         offset,
         tuple(through),
+        everything,
+    )
+
+
+def positional(value: Value) -> bool:
+    """Whether a value is made of nothing but positions, so that its frames can be made anew anywhere."""
+    if isinstance(value.producer, View):
+        return value.producer.fill is None and positional(value.producer.source)
+    op = value.producer
+    return (
+        op is not None
+        and op.clip is None
+        and not op.carries
+        and all(not r.levels and positional(r.source) for r in op.reads)
     )

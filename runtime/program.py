@@ -17,12 +17,14 @@ class StateSpec:
         dims: its shape: for each dimension (size per lane, constant size), one of them 0.
         dtype: its dtype.
         holds: what it is, in words.
+        grows: the dimension in which it grows with the stream, if it does.
     """
 
     name: str
     dims: tuple[tuple[int, int], ...]
     dtype: torch.dtype
     holds: str
+    grows: int | None = None
 
     def shape(self, batch: int) -> tuple[int, ...]:
         """The shape for a batch size."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -33,6 +33,19 @@ def allocate(specs: Sequence[StateSpec], batch: int, device: torch.device) -> tu
     return tuple(torch.zeros(s.shape(batch), dtype=s.dtype, device=device) for s in specs)
 
 
+def grow(tensors: Sequence[torch.Tensor], specs: Sequence[StateSpec]) -> tuple[torch.Tensor, ...]:
+    """State tensors with room for more frames: what is kept stands at the end."""
+    grown = []
+    for tensor, spec in zip(tensors, specs, strict=True):
+        axis = spec.grows
+        missing = 0 if axis is None else spec.dims[axis][1] - tensor.shape[axis]
+        if axis is not None and missing > 0:
+            room = tensor.new_zeros([missing if i == axis else n for i, n in enumerate(tensor.shape)])
+            tensor = torch.cat([room, tensor], axis)
+        grown.append(tensor)
+    return tuple(grown)
+
+
 def snapshot(state: StreamState, specs: Sequence[StateSpec]) -> dict[str, torch.Tensor]:
     """A flat dict of copies, nothing shared with the stream."""
     tensors = {} if state.tensors is None else {s.name: t.clone() for s, t in zip(specs, state.tensors, strict=True)}
@@ -40,8 +53,10 @@ def snapshot(state: StreamState, specs: Sequence[StateSpec]) -> dict[str, torch.
     return {COUNT: torch.tensor(state.count, dtype=torch.int64), **batch, **tensors}
 
 
-def restore(snap: dict[str, torch.Tensor], specs: Sequence[StateSpec], device: torch.device) -> StreamState:
-    """The state of a snapshot, copied.
+def restore(
+    snap: dict[str, torch.Tensor], specs_after: Callable[[int], Sequence[StateSpec]], device: torch.device
+) -> StreamState:
+    """The state of a snapshot, copied. `specs_after`: what is kept after so many ticks.
 
     Raises:
         StateError: it is not a snapshot of this model.
@@ -49,10 +64,11 @@ def restore(snap: dict[str, torch.Tensor], specs: Sequence[StateSpec], device: t
     if not isinstance(snap, dict) or COUNT not in snap:
         raise StateError("a state is a dict as get_state() returns it, with an entry 'count'")
     names = set(snap) - {COUNT, BATCH}
-    wanted = {s.name for s in specs}
     count = int(snap[COUNT])
     if count < 0:
         raise StateError(f"a stream cannot have had {count} frames")
+    specs = specs_after(count)
+    wanted = {s.name for s in specs}
     batch = int(snap[BATCH]) if BATCH in snap else None
     if not names and count == 0:
         return StreamState()

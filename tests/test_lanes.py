@@ -240,21 +240,21 @@ def test_a_table_that_runs_out() -> None:
     class Table(torch.nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.table = torch.nn.Parameter(torch.randn(3, 14))
+            self.table = torch.nn.Parameter(torch.randn(3, 40))
 
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             return x + self.table[:, : x.shape[2]]
 
     step = cofx.compile(Table(), X[:, :, :12])
-    fed(step, X[:, :, :14])
+    fed(step, X)
     step.clean_state([0])
     before = step.get_state()
-    with pytest.raises(cofx.InputError, match="lane 1: .*14 entries"):
-        step.forward_step(X[:, :, 14], ready=[True, True, False])
+    with pytest.raises(cofx.InputError, match="lane 1: .*40 entries"):
+        step.forward_step(X[:, :, 0], ready=[True, True, False])
     assert all(torch.equal(t, before[k]) for k, t in step.get_state().items())
-    _, valid = step.forward_step(X[:, :, 14], ready=[True, True, False], length=[-1, 14, -1])
+    _, valid = step.forward_step(X[:, :, 0], ready=[True, True, False], length=[-1, 40, -1])
     assert valid.tolist() == [True, False, False]
-    step.forward_step(X[:, :, 14], ready=[True] * 3, start=[False, True, True])
+    step.forward_step(X[:, :, 0], ready=[True] * 3, start=[False, True, True])
 
 
 def test_without_a_batch_dimension() -> None:

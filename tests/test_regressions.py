@@ -1,5 +1,7 @@
 """Faults that were found, each as the smallest net that shows it."""
 
+import math
+
 import pytest
 import torch
 from torch import nn
@@ -98,3 +100,76 @@ def test_a_condition_expanded_along_time_streams() -> None:
     condition = torch.randn(1, 2)
     step = cofx.compile(Conditioned(), (X[:, :, :9], condition), time_dim=(2, None))
     assert step.equivalence == "stream" and step.verify(X, condition).exact
+
+
+@pytest.mark.parametrize("other", [lambda x: x * 2, lambda x: x + 2])
+def test_a_branch_on_the_length_that_the_trace_did_not_take_is_an_error(other) -> None:
+    model = Of(lambda m, x: x + 1 if x.shape[2] < 20 else other(x))
+    step = cofx.compile(model, X[:, :, :8])
+    torch.testing.assert_close(step.forward_steps(X[:, :, :19]), model(X[:, :, :19]))
+    with pytest.raises(cofx.InputError, match="more than 19 frames"):
+        step.forward_steps(X[:, :, 19:])
+    assert cofx.compile(model, X[:, :, :24]).verify(X).exact
+
+
+def test_padding_to_a_length_that_strides_divide_streams() -> None:
+    """The number of frames to add is computed with ``int(math.ceil(...))``: a constant, for the trace."""
+
+    def forward(m: nn.Module, x: torch.Tensor) -> torch.Tensor:
+        length = x.shape[2]
+        steps = int(math.ceil((length - 8) / 16)) + 1
+        return m.up(m.down(F.pad(x, (0, (steps - 1) * 16 + 8 - length))))[:, :, :length]
+
+    model = Of(forward, down=nn.Conv1d(3, 3, 8, 16), up=nn.ConvTranspose1d(3, 3, 16, 16))
+    step = cofx.compile(model, torch.randn(1, 3, 64))
+    assert step.equivalence == "stream" and step.verify(torch.randn(1, 3, 192)).exact
+
+
+def test_strides_that_divide_only_long_lengths_stream() -> None:
+    model = Of(lambda m, x: m.up(m.down(x))[:, :, : x.shape[2]], down=nn.Conv1d(3, 3, 64, 64),
+               up=nn.ConvTranspose1d(3, 3, 64, 64))  # fmt: skip
+    step = cofx.compile(model, torch.randn(1, 3, 128))
+    assert step.equivalence == "stream" and step.verify(torch.randn(1, 3, 384)).exact
+
+
+def test_values_that_follow_from_numbers_alone_are_known_while_tracing() -> None:
+    """``x.mean(torch.arange(1, x.dim() - 1).tolist())``, and masks made of lengths."""
+
+    def forward(m: nn.Module, x: torch.Tensor) -> torch.Tensor:
+        axes = torch.arange(1, x.dim() - 1).tolist()
+        lengths = torch.full((x.shape[0],), 3)
+        mask = torch.arange(int(lengths.max())) < lengths[:, None]
+        return m.conv(x - x.mean(axes, keepdim=True)) * mask[:, :, None]
+
+    assert cofx.compile(Of(forward, conv=nn.Conv1d(3, 3, 3, padding=1)), X).verify(X).exact
+
+
+@pytest.mark.parametrize("value", [lambda x: x.sum(), lambda x: torch.rand(1)])
+def test_a_value_that_follows_from_the_input_or_chance_is_not_known(value) -> None:
+    def forward(m: nn.Module, x: torch.Tensor) -> torch.Tensor:
+        total = torch.zeros(2)
+        total[0] = value(x)
+        return x if total.sum() > 0.5 else -x
+
+    with pytest.raises(cofx.CaptureError):
+        cofx.compile(Of(forward), X)
+
+
+def test_an_error_of_a_submodule_may_be_caught() -> None:
+    class Layer(nn.Conv1d):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return super().forward(x)
+
+    def forward(m: nn.Module, x: torch.Tensor) -> torch.Tensor:
+        try:
+            return m.layer(x, lengths=None)
+        except TypeError:
+            return m.layer(x)
+
+    assert cofx.compile(Of(forward, layer=Layer(3, 3, 3)), X).verify(X).exact
+
+
+def test_tracing_that_fails_says_nothing_but_its_error(capfd) -> None:
+    with pytest.raises(cofx.CaptureError):
+        cofx.compile(Of(lambda m, x: x if x.sum() > 0 else -x), X)
+    assert capfd.readouterr().err == ""

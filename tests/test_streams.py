@@ -56,16 +56,24 @@ def check_work(case: Case) -> None:
 
 
 def check_state_size(case: Case, steps: int = 40) -> None:
-    """Names, shapes and types of the state are those after the first step."""
+    """Names, shapes and types of the state are those after the first step.
 
-    def sizes() -> dict[str, tuple[torch.Size, torch.dtype]]:
-        return {name: (tensor.shape, tensor.dtype) for name, tensor in case.step.get_state().items()}
+    Where everything that came before is needed, the state holds at most half as much again as was taken.
+    """
+    grows = case.sample.grows
+
+    def sizes() -> dict[str, tuple[torch.Size | int, torch.dtype]]:
+        state = case.step.get_state()
+        return {name: (tensor.dim() if grows else tensor.shape, tensor.dtype) for name, tensor in state.items()}
 
     run = case.run(case.sample.inputs(steps)).steps_to(1)
     first = sizes()
     while run.position < steps:
         run.forward_step()
         require(sizes() == first, f"the state is {sizes()} after step {run.position}, {first} after the first")
+        longest = max([0, *(size for tensor in case.step.get_state().values() for size in tensor.shape)])
+        room = max(16, 1.5 * run.position)
+        require(not grows or longest <= room, f"the state holds {longest} frames after step {run.position}")
 
 
 @pytest.mark.parametrize("check", [check_work, check_state_size])

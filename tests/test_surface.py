@@ -165,6 +165,22 @@ def test_bad_frames_change_nothing(step: cofx.StepModule, bad: tuple) -> None:
     torch.testing.assert_close(rest, step(X)[:, :, -rest.shape[2] :])
 
 
+def test_a_wrong_shape_is_told_without_none() -> None:
+    step = cofx.compile(Net().eval(), X)
+    with pytest.raises(cofx.InputError, match=r"has shape \(3,\), expected \(batch, 3\) for one frame"):
+        step.forward_step(torch.zeros(3))
+    with pytest.raises(cofx.InputError, match=r"has shape \(2, 3\), expected \(batch, 3, 1\) for 1 frames"):
+        step.forward_steps(torch.zeros(2, 3))
+
+
+def test_what_is_refused_as_a_stream_is_offered_as_a_clip() -> None:
+    with pytest.raises(cofx.NonLocalError, match="equivalence='clip'"):
+        cofx.compile(Pooled().eval(), X, equivalence="stream")
+    with pytest.warns(UserWarning, match="after the first 30 frames and a flush") as told:
+        cofx.compile(Pooled().eval(), X)
+    assert "equivalence='clip'" in str(told[0].message)
+
+
 def test_bad_chunks_and_states(step: cofx.StepModule) -> None:
     step.forward_steps(X[:, :, :9])
     with pytest.raises(cofx.InputError, match="no frames"):

@@ -22,7 +22,9 @@ from torch.fx.node import map_arg
 
 from ...runtime.program import OutputSpan, Program, StateSpec
 from ..canonicalize import unbind
-from ..layout import BATCH, TIME, Layout
+from ..layout import BATCH, KEY, TIME, Layout
+from ..loops import Loop
+from ..schedule import Taps
 from ..schedule_delays import Schedule
 from ..stream_graph import Carry, Constant, Mirror, Op, Read, Value, Window
 
@@ -45,6 +47,7 @@ class Key:
         holding: sequential ops may not have come to their first frame.
         frames: inputs and outputs come without time axis.
         folded: what depends on parameters alone is a constant.
+        capacity: ticks for which there is room in the state of values that are kept from their beginning on.
         endless: the stream does not end, so that windows reach outside at its start alone.
     """
 
@@ -55,18 +58,26 @@ class Key:
     holding: bool = False
     frames: bool = False
     folded: bool = True
+    capacity: int = 0
     endless: bool = False
 
 
-def state_specs(schedule: Schedule) -> list[StateSpec]:
-    """What a program keeps between calls, in the order of its arguments."""
+def state_specs(schedule: Schedule, capacity: int = 0) -> list[StateSpec]:
+    """What a program keeps between calls, in the order of its arguments, for streams of so many ticks."""
     specs = []
-    for value, frames in schedule.history.items():
+    for value in schedule.history:
+        frames = schedule.kept(value, capacity)
         dims = [_affine(d) for d in value.layout.split()]
         time = value.layout.split().time
         dims[time] = (0, frames)
         specs.append(
-            StateSpec(f"state_{value.name}", tuple(dims), value.dtype, f"the last {frames} frames of {value.name}")
+            StateSpec(
+                f"state_{value.name}",
+                tuple(dims),
+                value.dtype,
+                f"the last {frames} frames of {value.name}",
+                grows=time if value in schedule.growing else None,
+            )
         )
     for op in schedule.graph.ops:
         for carry in op.carries:
@@ -109,6 +120,10 @@ class Constants:
                 self._values[node] = node.target(*args, **kwargs)  # type: ignore[operator]
         return self._values[node]
 
+    def known(self, node: fx.Node) -> bool:
+        """Whether a node depends on parameters alone."""
+        return node not in self.batched
+
     def renew(self, tensors: dict[str, torch.Tensor]) -> None:
         """Forget what was computed: the parameters have changed."""
         self.tensors = tensors
@@ -144,6 +159,7 @@ class Builder:
         self.statics: dict[fx.Node, Any] = {}
         self.inputs: dict[fx.Node, fx.Node] = {}
         self.about: Any = None
+        self.scope: Any = None  # the rows and columns on which pairs of frames are being evaluated
         self._memo: dict[Any, Any] = {}
 
     # -- properties of the program -----------------------------------------------------------------------------------
@@ -254,7 +270,7 @@ class Builder:
             size, batched = 1, False
             for f in d:
                 batched = batched or f is BATCH
-                size *= frames if f is TIME else 1 if f is BATCH else f  # type: ignore[operator]
+                size *= self._extent(f, frames)
             if not batched:
                 out.append(size)
             elif size == 1:
@@ -264,6 +280,11 @@ class Builder:
                     self._memo[size, "batch"] = self.emit(operator.mul, self.batch, size)
                 out.append(self._memo[size, "batch"])
         return out
+
+    def _extent(self, factor: Any, frames: int) -> int:
+        if factor is KEY:
+            return len(self.scope.columns)
+        return frames if factor is TIME else 1 if factor is BATCH else factor
 
     def reshape(self, node: fx.Node, layout: Layout, frames: int) -> fx.Node:
         """A row-major reshape to a layout."""
@@ -354,8 +375,43 @@ class Builder:
             source = value_of(node.args[0])
             return source[node.args[1]] if isinstance(source, (list, tuple)) else self.getitem(source, node.args[1])  # type: ignore[arg-type,index]
         bound = {k: self.numbers(node, k, map_arg(v, value_of)) for k, v in node.meta["samples"][0].items()}
+        if isinstance(node.target, Loop):
+            return self.loop(node.target, list(bound.values()), node)
         args, kwargs = unbind(node.target, bound)
         return self.emit(node.target, *args, **kwargs)
+
+    def loop(self, loop: Loop, args: list[Any], node: fx.Node) -> list[Any]:
+        """A loop over all frames of whole clips."""
+        streams = args[: len(loop.dims)]
+        state = [] if loop.start else args[len(streams) : len(streams) + len(loop.carried)]
+        given = args[len(streams) + len(state) :]
+        collected: list[list[Any]] = [[] for _ in loop.results]
+        length = node.meta["samples"][0]["0"].meta["sizes"][0][loop.dims[0]]
+        for t in range(length):
+            frames = [
+                self.aten("select.int", x, d, t) if squeezed else self.narrow(x, d, t, 1)
+                for x, d, squeezed in zip(streams, loop.dims, loop.squeezed, strict=True)
+            ]
+            if t == 0 and loop.start is not None:
+                after = self.inline(loop.start, [*frames, *given])
+            else:
+                after = self.inline(loop.body, [*frames, *state, *given])
+            state = after[: len(loop.carried)]
+            for part, value in zip(collected, after[len(loop.carried) :], strict=True):
+                part.append(value)
+        return [
+            part[-1] if r.how == "last" else self.aten(f"{r.how}.default", part, r.dim)
+            for part, r in zip(collected, loop.results, strict=True)
+        ]
+
+    def inline(self, graph: fx.Graph, given: list[Any]) -> list[Any]:
+        """The results of a graph of traced nodes on these inputs."""
+        inputs = [n for n in graph.nodes if n.op == "placeholder"]
+        env: dict[fx.Node, Any] = dict(zip(inputs, given, strict=True))
+        for node in graph.nodes:
+            if node.op == "call_function":
+                env[node] = self.copy(node, env.__getitem__)
+        return [env[n] for n in graph.output_node().args[0]]  # type: ignore[union-attr,index]
 
     def view_as_channel(self, node: Any, axis: int, rank: int) -> fx.Node:
         """A vector as a tensor of `rank` dimensions, lying along `axis`."""
@@ -392,10 +448,21 @@ class Builder:
 
     def index_range(self, value: Value, span: range) -> fx.Node:
         """True indices for frames that this program calls `span` (of `value`)."""
-        steps = self.constant(list(span), torch.int64)
         per_period = int(value.rate * self.schedule.period)
-        at = self.cycles if per_period == 1 else self.aten("mul.Tensor", self.cycles, per_period)
-        return self.aten("add.Tensor", steps, at)
+        key = ("index", per_period, span)
+        if key not in self._memo:
+            before = self.cycles if per_period == 1 else self.aten("mul.Tensor", self.cycles, per_period)
+            self._memo[key] = self.aten("add.Tensor", self.constant(list(span), torch.int64), before)
+        node: fx.Node = self._memo[key]
+        return node
+
+    def inside(self, value: Value, span: range) -> fx.Node:
+        """Which of the frames that this program calls `span` exist: bool, one for each."""
+        key = ("inside", self._length(value), value.rate, span)
+        if key not in self._memo:
+            self._memo[key] = self.within(self.index_range(value, span), value)
+        node: fx.Node = self._memo[key]
+        return node
 
     @property
     def cycles(self) -> fx.Node:
@@ -425,7 +492,7 @@ class Builder:
         found: Index = self._memo[key]
         return found
 
-    def inside(self, index: fx.Node, value: Value) -> fx.Node:
+    def within(self, index: fx.Node, value: Value) -> fx.Node:
         """Which of these indices lie in ``[0, length)`` of a value."""
         begun = self.aten("ge.Scalar", index, 0)
         if self.key.endless:
@@ -434,9 +501,11 @@ class Builder:
 
     # -- reading -----------------------------------------------------------------------------------------------------
 
-    def window(self, r: Read, span: range) -> Window:
+    def window(self, r: Read, span: range, op: Op) -> Window:
         """The frames that an op needs for its outputs `span`, with fills where they lie outside."""
         start, stop = r.taps.lo(span.start), r.taps.hi(span.stop - 1) + 1
+        if r.everything:
+            start = stop - self.schedule.length(op.outputs[0], self.key.capacity)
         value = r.source
         layout = value.layout.split()
         mirrored = self.masked and any(isinstance(level.fill, Mirror) for level in r.levels)
@@ -444,7 +513,7 @@ class Builder:
         last = max(stop, r.ready_taps.hi(span.stop - 1) + 1) if mirrored else stop
         buffer = self.buffer(value, first, last)
         node, low = buffer.node, buffer.start
-        if self.masked and r.levels:
+        if (self.masked or r.everything) and r.levels:
             node = self.filled(r, buffer, range(start, stop), layout)
         elif (start, stop) != (buffer.start, buffer.stop):
             if start < low:
@@ -459,7 +528,7 @@ class Builder:
         if new is not None and new.start <= start:
             return Window(self.split(new.node, value.layout, new.stop - new.start), new.start, new.stop)
         if value not in self.buffers:
-            history = self.schedule.history.get(value, 0)
+            history = self.schedule.kept(value, self.key.capacity)
             at = self.span(value)
             parts = []
             if history:
@@ -487,11 +556,14 @@ class Builder:
         masks: list[tuple[fx.Node, float]] = []
         mirrored = False
         for level in reversed(r.levels):
+            if isinstance(level.fill, Constant) and not mirrored:
+                moved = range(span.start - level.shift, span.stop - level.shift)
+                masks.append((self.inside(level.value, moved), level.fill.number))
+                continue
             at = index if level.shift == 0 else self.aten("sub.Tensor", index, level.shift)
             if isinstance(level.fill, Constant):
-                masks.append((self.inside(at, level.value), level.fill.number))
+                masks.append((self.within(at, level.value), level.fill.number))
             else:
-                assert isinstance(level.fill, Mirror)
                 at = self.mirrored(at, self.length(level.value), level.fill.mode)
                 index = at if level.shift == 0 else self.aten("add.Tensor", at, level.shift)
                 mirrored = True
@@ -525,9 +597,54 @@ class Builder:
             return window.node
         level = r.levels[0]
         shift = r.offset - level.shift
-        index = self.index_range(level.value, range(window.start + shift, window.stop + shift))
-        inside = self.inside(index, level.value)
+        inside = self.inside(level.value, range(window.start + shift, window.stop + shift))
         return self.aten("where.self", self.along_time(inside, layout), window.node, other)
+
+    # -- pairs of frames, see pairs.py -------------------------------------------------------------------------------
+
+    def unknown(self, value: Value, span: range) -> Any:
+        """Frames of a stream that the op does not read."""
+        raise AssertionError(f"{value.name} is not read")
+
+    def columns(self, op: Op, taps: Taps, everything: bool, span: range) -> range:
+        """The frames of the keys that the queries `span` may read."""
+        stop = taps.hi(span.stop - 1) + 1
+        start = stop - self.schedule.length(op.outputs[0], self.key.capacity) if everything else taps.lo(span.start)
+        return range(start, stop)
+
+    def distance(self, scope: Any) -> fx.Node:
+        """How many frames each column lies ahead of each row: int64, rows x columns."""
+        rows, columns = scope.rows, scope.columns
+        name = f"distance_{rows.start - columns.start}_{len(rows)}_{len(columns)}"
+        ahead = torch.arange(columns.start, columns.stop) - torch.arange(rows.start, rows.stop)[:, None]
+        return self.attribute(name, ahead.to(self.device))
+
+    def existing(self, op: Op, scope: Any, masked: bool, back: int | None) -> fx.Node | None:
+        """Which keys there are for each query, as bool that broadcasts to rows x columns; None if all.
+
+        `masked`: some may not exist, whatever the program; `back`: those further back are left away.
+        """
+        exists = None
+        if self.masked or masked:
+            exists = self.inside(op.outputs[0], scope.columns)
+        if back is not None and len(scope.rows) > 1:
+            near = self.aten("ge.Scalar", self.distance(scope), -back)
+            exists = near if exists is None else self.aten("logical_and.default", near, exists)
+        return exists
+
+    def where_exists(self, node: fx.Node, layout: Layout, number: float, scope: Any = None) -> fx.Node:
+        """Pairs of frames with a number where there is no key."""
+        scope = scope or self.scope
+        if scope.exists is None:
+            return node
+        key = ("exists", layout.time, layout.key, len(layout))
+        if key not in scope.made:
+            mask = self.aten("expand.default", scope.exists, [len(scope.rows), len(scope.columns)])
+            mask = mask if layout.time < layout.key else self.aten("transpose.int", mask, 0, 1)
+            sizes = [1] * len(layout)
+            sizes[layout.time], sizes[layout.key] = len(scope.rows), len(scope.columns)
+            scope.made[key] = self.aten("reshape.default", mask, sizes)
+        return self.aten("where.self", scope.made[key], node, self.like(number, node))
 
     # -- carried states ----------------------------------------------------------------------------------------------
 
@@ -634,7 +751,7 @@ def generate(plan: Plan, key: Key, device: torch.device, validity: bool = False)
     """
     b = Builder(plan.schedule, key, plan.batch_input(key.frames), plan.constants, device, plan.about)
     _inputs(b, plan)
-    specs = state_specs(plan.schedule)
+    specs = state_specs(plan.schedule, key.capacity)
     kept = [*plan.schedule.history, *(op.outputs[0] for op in plan.schedule.graph.ops for _ in op.carries)]
     for spec, value in zip(specs, kept, strict=True):
         b.about = plan.about(value)
@@ -699,7 +816,7 @@ def _emit_op(b: Builder, op: Op, plan: Plan) -> None:
     if not span:
         b.chunks.update(dict.fromkeys(op.outputs))
         return
-    windows = [b.window(r, span) for r in op.reads]
+    windows = [b.window(r, span, op) for r in op.reads]
     result = op.lower(b, op, windows, span, [b.carried(op, c) for c in op.carries])
     if op.carries:
         result, after = result
@@ -737,19 +854,23 @@ def _validity(b: Builder, plan: Plan, spans: list[OutputSpan]) -> tuple[fx.Node 
             stop = b.index_range(value, range(b.after[value], b.after[value] + 1))
             ok = b.aten("le.Scalar", b.aten("minimum.default", stop, b.length(value)), op.limit)
             within = ok if within is None else b.aten("logical_and.default", within, ok)
+    if b.key.capacity and b.schedule.growing:
+        room = b.aten("le.Scalar", b.states["count"], b.key.capacity - b.key.ticks)
+        ok = b.aten("unsqueeze.default", room, 0)
+        within = ok if within is None else b.aten("logical_and.default", within, ok)
     exist: list[fx.Node | None] = []
     for leaf, span in zip(plan.outputs, spans, strict=True):
         if leaf.value is None:
             exist.append(within)
             continue
-        index = b.index_range(leaf.value, range(span.start, span.start + span.frames))
-        inside = b.inside(index, leaf.value)
+        inside = b.inside(leaf.value, range(span.start, span.start + span.frames))
         exist.append(inside if within is None else b.aten("logical_and.default", inside, within))
     return tuple(exist)
 
 
 def _keep_histories(b: Builder, plan: Plan) -> None:
-    for value, frames in b.schedule.history.items():
+    for value in b.schedule.history:
+        frames = b.schedule.kept(value, b.key.capacity)
         b.about = plan.about(value)
         new = b.chunks.get(value)
         if new is None:

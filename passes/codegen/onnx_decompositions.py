@@ -125,7 +125,7 @@ def _attention(
     value: torch.Tensor,
     mask: torch.Tensor | None = None,
     *rest: Any,
-    **more: Any,,
+    **more: Any,
 ) -> Any:
     """The exporter knows attention with a batch and a heads dimension, no more and no fewer."""
     rank = query.dim()

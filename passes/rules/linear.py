@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import string
+
 import torch
 from torch import nn
 
@@ -72,14 +74,30 @@ def product(call: Call, left: str, right: str) -> Fact:
     return call.framewise(layout)
 
 
+def spelled_out(equation: str, ranks: list[int]) -> tuple[list[str], str]:
+    """The terms and the result of an einsum, a letter for each dimension: ``...`` and a missing result made explicit.
+
+    An ellipsis stands for the dimensions that a term's letters leave over, counted from the last one (torch.einsum).
+    """
+    terms, arrow, result = equation.replace(" ", "").partition("->")
+    free = [x for x in string.ascii_letters if x not in equation]
+    parts = terms.split(",")
+    over = [
+        rank - len(part.replace("...", "")) if "..." in part else 0 for part, rank in zip(parts, ranks, strict=True)
+    ]
+    wide = "".join(free[: max(over)])
+    letters = [part.replace("...", wide[len(wide) - n :]) for part, n in zip(parts, over, strict=True)]
+    if arrow:
+        return letters, result.replace("...", wide)
+    once = sorted(x for x in set(terms) - set(".,") if terms.count(x) == 1)
+    return letters, wide + "".join(once)
+
+
 @rule(aten.einsum.default)
 def einsum(call: Call) -> Fact:
     """A sum of products by letters: the letter of time must be in the result."""
-    equation = call.arg("equation").replace(" ", "")
-    call.require("." not in equation and "->" in equation, "an einsum with an ellipsis or without '->'")
-    terms, result = equation.split("->")
-    letters = terms.split(",")
     tensors = call.samples[0]["tensors"]
+    letters, result = spelled_out(call.arg("equation"), [len(n.meta["sizes"][0]) for n in tensors])
     dims: dict[str, Dim] = {}
     times = set()
     for term, node in zip(letters, tensors, strict=True):
@@ -102,7 +120,17 @@ def einsum(call: Call) -> Fact:
     return call.framewise(Layout(tuple(dims[x] for x in result)))
 
 
-@rule(*overloads("dot.default inner.default outer.default bilinear.default"))
+@rule(*overloads("outer.default ger.default"))
+def outer(call: Call) -> Fact:
+    """Every entry of one vector times every entry of another: positions times frequencies."""
+    sides = [call.samples[0]["self"], call.samples[0]["vec2"]]
+    values = [call.facts[s] if isinstance(call.facts[s], Value) else None for s in sides]
+    dims = [v.layout[0] if v else call.static_layout(s)[0] for v, s in zip(values, sides, strict=True)]
+    call.require(sum(v is not None for v in values) == 1, "a product of every frame with every frame")
+    return call.framewise(Layout(tuple(dims)))
+
+
+@rule(*overloads("dot.default inner.default bilinear.default"))
 def bilinear(call: Call) -> Fact:
     """Bilinear layers: framewise if time is not the last dimension."""
     call.require("input1" in call.samples[0], "a product over the time axis")
@@ -115,6 +143,7 @@ def bilinear(call: Call) -> Fact:
 SAMPLES = [
     Sample("linear", lambda: nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2)), (2, 9, 3), 1),
     Sample("einsum", lambda: _Graph(), (2, 3, 9, 5)),
+    Sample("einsum_with_ellipsis", lambda: _Ellipsis(), (2, 3, 9, 5)),
 ]
 
 
@@ -125,4 +154,15 @@ class _Graph(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(batch, channels, time, joints), mixed over the joints in two ways."""
-        return torch.einsum("nctv,vw->nctw", x, self.a) + x @ self.a
+        return torch.einsum("...v,vw", x, self.a) + x @ self.a
+
+
+class _Ellipsis(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Parameter(torch.randn(5, 4)), nn.Parameter(torch.randn(3))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(batch, channels, time, joints): the joints mixed, the channels weighted, without a result being named."""
+        y = torch.einsum("...v,vw", x, self.a)
+        return torch.einsum("bc...,c->b...", y, self.b).unsqueeze(1)

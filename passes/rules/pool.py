@@ -49,10 +49,9 @@ def max_pool(call: Call) -> Fact:
     kernel = call.arg("kernel_size")
     n = _spatial(call)
     axis = x.layout.time - (len(x.layout) - n)
-    fact: Any
     if axis < 0:
-        fact = call.framewise([_spatial_layout(call, x.layout, n)] * (2 if indices else 1))
-        return fact if indices else fact[0]
+        layout = _spatial_layout(call, x.layout, n)
+        return call.framewise([layout] * 2 if indices else layout)
     x = call.stream("self", clean=True)
     kernel = listed(kernel, n)
     stride, padding = listed(call.arg("stride"), n) or kernel, listed(call.arg("padding"), n)
@@ -173,5 +172,6 @@ SAMPLES = [
     Sample("max_pool_ceil", lambda: nn.MaxPool1d(3, 2, 1, ceil_mode=True), (1, 2, 12)),
     Sample("avg_pool_ceil", lambda: nn.AvgPool1d(3, 2, 1, ceil_mode=True), (1, 2, 12)),
     Sample("avg_pool_nocount", lambda: nn.AvgPool1d(3, 1, 1, count_include_pad=False), (1, 2, 12)),
+    Sample("max_pool_space", lambda: nn.MaxPool2d((1, 2)), (1, 9, 3, 4), time_dim=1),
     Sample("adaptive_space", lambda: nn.AdaptiveAvgPool3d((None, 1, 1)), (1, 2, 8, 4, 4)),
 ]

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
-from torch import nn
+from torch import fx, nn
 
 from ..errors import NonLocal
 from ..layout import TIME, Dim, Grouped, Layout, Sizes, Unshapeable, dim, from_sizes, reshape
 from ..registry import Call, Fact, Sample, overloads, rule
 from ..schedule import Taps
-from ..stream_graph import Value, read
+from ..stream_graph import Length, Op, Value, read
 
 aten = torch.ops.aten
 
@@ -119,15 +121,8 @@ def expand(call: Call) -> Fact:
 def _along_time(call: Call) -> Fact:
     """Something without time, repeated to the clip's length: the same frame at every index."""
     node = call.samples[0]["self"]
-    sizes, rank = call.out_sizes, len(node.meta["val"].shape)
-    moving = [i for i, s in enumerate(sizes) if len({n for n, b in zip(s, call.graph.batch, strict=True)
-                                                      if b == call.graph.batch[0]}) > 1]  # fmt: skip
-    call.require(len(moving) == 1, "something without time is expanded along two axes")
-    axis = moving[0]
-    call.require(
-        axis < len(sizes) - rank or node.meta["val"].shape[axis - len(sizes) + rank] == 1, "a second time axis"
-    )
-    like, length = call.length_like(sizes[axis])
+    sizes = call.out_sizes
+    axis, like, length = _moving(call, node)
     layout = Layout(tuple((TIME,) if i == axis else _static(call, s) for i, s in enumerate(sizes)))
     return call.emit(
         layout,
@@ -137,6 +132,39 @@ def _along_time(call: Call) -> Fact:
         length=length,
         lower=lambda b, op, windows, span, _: b.aten("expand.default", b.static(node), b.sizes(layout, len(span))),
     )
+
+
+def _moving(call: Call, node: fx.Node) -> tuple[int, Value, Length]:
+    """The dimension of the result, of size 1 before, that follows the clip's length, and how it does."""
+    sizes, rank = call.out_sizes, len(node.meta["val"].shape)
+    moving = [i for i, s in enumerate(sizes) if len({n for n, b in zip(s, call.graph.batch, strict=True)
+                                                      if b == call.graph.batch[0]}) > 1]  # fmt: skip
+    call.require(len(moving) == 1, "something without time is expanded along two axes")
+    axis = moving[0]
+    call.require(
+        axis < len(sizes) - rank or node.meta["val"].shape[axis - len(sizes) + rank] == 1, "a second time axis"
+    )
+    like, length = call.length_like(sizes[axis])
+    return axis, like, length
+
+
+def _repeated_along_time(call: Call) -> Fact:
+    """Something without time, a dimension of size 1 of it repeated to the clip's length: one frame at every index."""
+    node = call.samples[0]["self"]
+    name = "repeats" if "repeats" in call.samples[0] else "dims"
+    times = list(zip(*call.sampled(name), strict=True))
+    axis, like, length = _moving(call, node)
+    own = [1] * (len(times) - len(node.meta["sizes"][0])) + list(node.meta["sizes"][0])
+    wide = [i == axis or len(set(t)) > 1 for i, t in enumerate(times)]  # by the length, or by the batch size
+    call.require(all(n == 1 for n, w in zip(own, wide, strict=True) if w), "more than one entry is repeated")
+    layout = Layout(tuple((TIME,) if i == axis else _static(call, s) for i, s in enumerate(call.out_sizes)))
+    once = [1 if w else t[0] for t, w in zip(times, wide, strict=True)]
+
+    def lower(b: Any, op: Op, windows: list[Any], span: range, _: Any) -> Any:
+        frame = b.aten("repeat.default", b.static(node), once)
+        return b.aten("expand.default", frame, b.sizes(layout, len(span)))
+
+    return call.emit(layout, [], rate=like.rate, length_of=[like], length=length, lower=lower)
 
 
 def _static(call: Call, sizes: Sizes) -> Dim:
@@ -149,7 +177,9 @@ def _static(call: Call, sizes: Sizes) -> Dim:
 @rule(*overloads("repeat.default tile.default"))
 def repeat(call: Call) -> Fact:
     """Dimensions repeated as a whole."""
-    x = call.stream("self")
+    x = call.maybe("self")
+    if x is None:
+        return _repeated_along_time(call)
     times = call.arg("repeats", call.arg("dims"))
     padded = [1] * (len(x.layout) - len(times)) + list(times)
     layout = Layout(((),) * (len(padded) - len(x.layout)) + x.layout.dims)
@@ -221,10 +251,21 @@ def pixel_shuffle(call: Call) -> Fact:
 
 
 SAMPLES = [
+    Sample("repeated_condition", lambda: _Repeated(), (2, 4, 9)),
     Sample("unflatten", lambda: nn.Unflatten(1, (2, 2)), (2, 4, 9), output_time_dim=3),
     Sample("fold_and_back", lambda: _Fold(), (2, 4, 9, 3)),
     Sample("pairs_of_frames", lambda: _Pairs(), (2, 3, 8), multiple=2, length=22),
 ]
+
+
+class _Repeated(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.bias = nn.Parameter(torch.randn(2))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(batch, channels, time) and something without time, repeated along it and along the batch."""
+        return x + self.bias[None, :, None].repeat(x.shape[0], 2, x.shape[2])
 
 
 class _Fold(nn.Module):

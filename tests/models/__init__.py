@@ -1,6 +1,7 @@
 """A collection of small nets in plain PyTorch, as users write them. ``SAMPLES`` lists all; nothing here knows cofx."""
 
 from . import (
+    attention,
     branches,
     conv,
     cumulative,
@@ -17,7 +18,8 @@ from . import (
 from .sample import Kind, Sample
 
 FAMILIES = (
-    conv, pool, pad_slice, branches, upsample, norm_act, fold, recurrent, cumulative, multi_io, window, half_types
+    conv, pool, pad_slice, branches, upsample, norm_act, fold, recurrent, attention, cumulative, multi_io, window,
+    half_types,
 )  # fmt: skip
 SAMPLES: list[Sample] = [sample for family in FAMILIES for sample in family.SAMPLES]
 

@@ -109,6 +109,148 @@ class ConvMemory(nn.Module):
         return torch.stack(outputs, 2)
 
 
+class TwoCells(nn.Module):
+    """A loop over unbound frames, two cells and a layer in its body."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lower, self.upper, self.head = nn.LSTMCell(3, 4), nn.GRUCell(4, 4), nn.Linear(4, 2)
+
+    def forward(self, x):
+        h = c = g = x.new_zeros(x.shape[0], 4)
+        out = []
+        for frame in x.unbind(1):
+            h, c = self.lower(frame, (h, c))
+            g = self.upper(h, g)
+            out.append(self.head(g))
+        return torch.stack(out, 1)
+
+
+class LoopAfterLoop(nn.Module):
+    """One list of frames after the other, layer by layer, without a stack between."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.cells = nn.ModuleList(nn.GRUCell(3, 3) for _ in range(2))
+
+    def forward(self, x):
+        frames = [x[:, t] for t in range(x.shape[1])]
+        for cell in self.cells:
+            h, out = torch.zeros(x.shape[0], 3), []
+            for frame in frames:
+                h = cell(frame, h)
+                out.append(h)
+            frames = out
+        return torch.stack(frames, 1)
+
+
+class StackedLoops(nn.Module):
+    """A loop over what another loop has stacked, a convolution between."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.conv = nn.GRUCell(3, 3), nn.RNNCell(3, 3), nn.Conv1d(3, 3, 3, padding=1)
+
+    def run(self, cell, x):
+        h, out = torch.zeros(x.shape[0], 3), []
+        for t in range(x.shape[1]):
+            h = cell(x[:, t], h)
+            out.append(h)
+        return torch.stack(out, 1)
+
+    def forward(self, x):
+        return self.run(self.b, self.conv(self.run(self.a, x).transpose(1, 2)).transpose(1, 2))
+
+
+class MovingAverage(nn.Module):
+    """Begins with the first frame itself."""
+
+    def forward(self, x):
+        out = [x[:, 0]]
+        for t in range(1, x.shape[1]):
+            out.append(0.75 * out[-1] + 0.25 * x[:, t])
+        return torch.stack(out, 1)
+
+
+class Assigned(nn.Module):
+    """Results written into a tensor, frame by frame."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.cell = nn.GRUCell(3, 4)
+
+    def forward(self, x):
+        out, h = torch.zeros(x.shape[0], x.shape[1], 4), torch.zeros(x.shape[0], 4)
+        for t in range(x.shape[1]):
+            h = self.cell(x[:, t], h)
+            out[:, t] = h
+        return out
+
+
+class SlicedFrames(nn.Module):
+    """Frames kept as clips of length one, after a convolution with look-ahead."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.mix = nn.Conv1d(3, 3, 3, padding=1), nn.Linear(6, 3)
+
+    def forward(self, x):
+        y = self.conv(x.transpose(1, 2)).transpose(1, 2)
+        h, out = torch.zeros(x.shape[0], 1, 3), []
+        for t in range(y.shape[1]):
+            h = torch.tanh(self.mix(torch.cat([y[:, t : t + 1], h], -1)))
+            out.append(h)
+        return torch.cat(out, 1)
+
+
+class LastOfLoop(nn.Module):
+    """Only the state after the last frame is read."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.cell, self.head = nn.GRUCell(3, 4), nn.Linear(4, 2)
+
+    def forward(self, x):
+        h = torch.zeros(x.shape[0], 4)
+        for t in range(x.shape[1]):
+            h = self.cell(x[:, t], h)
+        return self.head(h)
+
+
+class ConvLstm(nn.Module):
+    """A cell of convolutions over space."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gates = nn.Conv2d(4, 8, 3, padding=1)
+
+    def forward(self, x):
+        h = c = x.new_zeros(x.shape[0], 2, *x.shape[3:])
+        out = []
+        for t in range(x.shape[2]):
+            i, f, g, o = self.gates(torch.cat([x[:, :, t], h], 1)).chunk(4, 1)
+            c = torch.sigmoid(f) * c + torch.sigmoid(i) * torch.tanh(g)
+            h = torch.sigmoid(o) * torch.tanh(c)
+            out.append(h)
+        return torch.stack(out, 2)
+
+
+class Delta(nn.Module):
+    """A state-space scan written out: the state decays by what the frame says."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c = (nn.Linear(3, 4) for _ in range(3))
+
+    def forward(self, x):
+        decay, drive, read = torch.exp(-F.softplus(self.a(x))), self.b(x), self.c(x)
+        state, out = torch.zeros(x.shape[0], 4), []
+        for t in range(x.shape[1]):
+            state = decay[:, t] * state + drive[:, t]
+            out.append((state * read[:, t]).sum(-1))
+        return torch.stack(out, 1)
+
+
 SAMPLES = [
     recurrent("rnn_tanh", lambda: Output(nn.RNN(3, 4, 2, batch_first=True))),
     recurrent("rnn_relu", lambda: Output(nn.RNN(3, 4, nonlinearity="relu", bias=False, batch_first=True))),
@@ -140,7 +282,7 @@ SAMPLES = [
     recurrent("padded", PaddedMemory),
     recurrent("trimmed", lambda: Net(lambda m, x: m.memory(x)[0][:, 2:-1], memory=nn.GRU(3, 4, batch_first=True))),
     # a loop over frames is traced unrolled, at one length: a clip, until such loops are rolled up again
-    recurrent("cell_loop", CellLoop, (2, 6, 3), kind="clip", unbounded=False),
+    recurrent("cell_loop", CellLoop, (2, 6, 3)),
     recurrent("conv_memory_loop", ConvMemory, (1, 2, 5, 3, 3), time_dim=2, kind="clip", unbounded=False),
     recurrent(
         "gru_with_hidden",
@@ -183,4 +325,13 @@ SAMPLES = [
         kind="prefix",
         output_time_dim=None,
     ),
+    recurrent("two_cells_in_a_loop", TwoCells),
+    recurrent("loop_after_loop", LoopAfterLoop),
+    recurrent("loops_with_conv_between", StackedLoops),
+    recurrent("moving_average_loop", MovingAverage),
+    recurrent("assigned_in_a_loop", Assigned),
+    recurrent("sliced_frames_in_a_loop", SlicedFrames),
+    recurrent("conv_lstm_loop", ConvLstm, (1, 2, 6, 4, 4), time_dim=2),
+    recurrent("scan_loop", Delta),
+    recurrent("last_of_a_loop", LastOfLoop, kind="prefix", output_time_dim=None),
 ]

@@ -47,6 +47,8 @@ class Sample:
     """The declared receptive field is the measured one, not only a bound of it."""
     lag: int = 0
     """Steps by which outputs may come later than the earliest possible, for the sake of a periodic schedule."""
+    grows: bool = False
+    """Everything that came before is kept: the state grows with the stream, by a half at a time."""
     options: Mapping[str, Any] = field(default_factory=dict)
     """Further arguments for ``cofx.compile``."""
 

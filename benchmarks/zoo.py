@@ -1,0 +1,173 @@
+"""Compile models of public packages, check each against itself, and say what became of it.
+
+::
+
+    benchmarks/install_zoo.sh DIR                        # the packages, without their dependencies
+    python benchmarks/zoo.py --packages DIR              # all; writes benchmarks/results/zoo.json
+    python benchmarks/zoo.py --packages DIR tcn wav2vec  # those whose names hold one of these words
+
+Each model runs in a process of its own with a time limit. The columns:
+
+    equivalence  what the compiled model promises, for each output
+    exact        `step.verify` on the example clip and on a longer one
+    streamed     the share of multiply-adds in ops that run once per frame
+    saved        multiply-adds per clip over multiply-adds per step
+    delay, state in input frames and bytes;  compile, in seconds
+    why          what refused it, or what ended its stream
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import os
+import sys
+import time
+import traceback
+import warnings
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import cofx
+
+sys.path.insert(0, str(Path(__file__).parent))
+from zoo_entries import ENTRIES, Entry, prepare_imports
+
+RESULTS = Path(__file__).parent / "results" / "zoo.json"
+EXTRA = 6  # evaluations of a clip that are verified beyond the first
+
+
+def measure(entry: Entry) -> dict[str, Any]:
+    """All that the table says of one model."""
+    torch.manual_seed(0)
+    torch.set_num_threads(1)
+    row: dict[str, Any] = {"model": entry.name}
+    try:
+        model = entry.build().eval()
+        clip = entry.inputs()
+        with torch.no_grad():
+            model(*clip)
+    except Exception as error:
+        return row | {"outcome": "unavailable", "why": _short(error), "trace": traceback.format_exc()}
+    try:
+        began = time.perf_counter()
+        step = cofx.compile(model, clip, time_dim=entry.time_dim)
+        row["compile_s"] = round(time.perf_counter() - began, 1)
+    except cofx.RefusedError as error:
+        return row | {"outcome": "refused", "why": _short(error), "trace": str(error)}
+    except Exception as error:
+        return row | {"outcome": "failed", "why": _short(error), "trace": traceback.format_exc()}
+    try:
+        row["equivalence"] = "/".join(dict.fromkeys(o.equivalence for o in step.outputs))
+        row["delay"] = str(step.delay)
+        row["stride"] = str(step.stride)
+        found = [step.verify(*clip)]
+        frames = _longer(entry, step)
+        if frames:
+            row["verified_frames"] = frames
+            found.append(step.verify(*entry.inputs(frames)))
+        row["difference"] = max(v.difference for v in found)
+        row["compared"] = sum(v.compared for v in found)
+        exact = all(v.exact for v in found)
+        cost = step.report()
+        saved = cost.macs_per_clip / cost.macs_per_step if cost.macs_per_step else 1.0
+        row |= {"streamed": round(cost.streamed, 4), "saved": round(saved, 1), "state_bytes": cost.state_bytes}
+        row |= {"outcome": "exact" if exact else "WRONG", "why": "; ".join(cost.recomputed)[:300]}
+    except Exception as error:
+        row |= {"outcome": "failed", "why": _short(error), "trace": traceback.format_exc()}
+    return row
+
+
+def _longer(entry: Entry, step: cofx.StepModule) -> int | None:
+    """Frames of the second stream to verify, or None where the model itself takes no other length."""
+    words = {o.equivalence for o in step.outputs}
+    if "first-clip" in words:
+        return None
+    if "clip" in words:
+        return entry.clip_length + EXTRA * int(step.stride)
+    frames = entry.length or 2 * entry.clip_length
+    with torch.no_grad():
+        try:
+            step.model(*entry.inputs(frames))
+        except Exception:
+            return None
+    return frames
+
+
+def _short(error: BaseException) -> str:
+    lines = str(error).strip().splitlines() or [""]
+    at = [line.strip() for line in lines if line.strip().startswith("at ")]
+    text = " | ".join([*lines[: 4 if isinstance(error, cofx.CaptureError) else 1], *at[:1]])
+    return f"{type(error).__name__}: {text}"[:400]
+
+
+def run(entry: Entry, limit: float) -> dict[str, Any]:
+    """`measure` in a process of its own."""
+    receive, send = multiprocessing.Pipe(duplex=False)
+
+    def child() -> None:
+        null = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(null, 1)
+        os.dup2(null, 2)
+        warnings.simplefilter("ignore")
+        send.send(measure(entry))
+        send.close()
+
+    process = multiprocessing.get_context("fork").Process(target=child)
+    process.start()
+    send.close()
+    row = {"model": entry.name, "outcome": "hung", "why": f"took more than {limit:.0f} s"}
+    if receive.poll(limit):
+        try:
+            row = receive.recv()
+        except EOFError:
+            row |= {"outcome": "crashed", "why": "the process died"}
+    process.kill()
+    process.join()
+    return row
+
+
+def line(row: dict[str, Any]) -> str:
+    """A row of the table."""
+    streamed = f"{row['streamed']:.0%}" if "streamed" in row else ""
+    cells = (row["outcome"], row.get("equivalence", ""), streamed, row.get("saved", ""), row.get("delay", ""),
+             row.get("state_bytes", ""), row.get("compile_s", ""))  # fmt: skip
+    widths = (11, 10, 5, 6, 6, 9, 5)
+    head = " ".join(f"{c!s:<{w}}" for c, w in zip(cells, widths, strict=True))
+    return f"{row['model']:<42} {head} {row.get('why', '')[:150]}"
+
+
+def main() -> None:
+    """Run the models that the command line names."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("words", nargs="*", help="only models whose names hold one of these")
+    parser.add_argument("--packages", help="a folder with the public packages")
+    parser.add_argument("--limit", type=float, default=180, help="seconds for each model")
+    parser.add_argument("--here", action="store_true", help="in this process, and with the traceback")
+    arguments = parser.parse_args()
+    if arguments.packages:
+        sys.path.append(arguments.packages)
+    torch.set_num_threads(1)
+    prepare_imports()
+    words = arguments.words
+    entries = [e for e in ENTRIES.values() if not words or any(w.lower() in e.name.lower() for w in words)]
+    rows = []
+    for entry in entries:
+        row = measure(entry) if arguments.here else run(entry, arguments.limit)
+        rows.append(row)
+        print(line(row), flush=True)
+        if arguments.here and "trace" in row:
+            print(row["trace"])
+    kept = {r["model"]: r for r in json.loads(RESULTS.read_text())} if RESULTS.exists() else {}
+    kept |= {r["model"]: {k: v for k, v in r.items() if k != "trace"} for r in rows}
+    RESULTS.parent.mkdir(exist_ok=True)
+    RESULTS.write_text(json.dumps([kept[n] for n in ENTRIES if n in kept], indent=1) + "\n")
+    print(dict(Counter(r["outcome"] for r in rows)))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,265 @@
+"""Whether the model does at other lengths what it did where it was traced.
+
+A branch in Python on the clip's length leaves no mark in a trace. The trace tells at which lengths it can be relied on
+(`Capture.assumed`); elsewhere the model is run on fake tensors, which computes nothing, and what it calls is compared:
+every call of torch with the way through the code that led to it, and the numbers that it was given. Numbers that grow
+with the length are left out.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import sys
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from types import FrameType
+from typing import Any
+
+import torch
+from torch import nn
+from torch._dispatch.python import enable_python_dispatcher
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.overrides import TorchFunctionMode
+from torch.utils import _pytree as pytree
+
+from .capture import CONGRUENT, TRACING, Capture, Clock, as_for_inference, quiet
+from .errors import is_users, line_of
+from .symbolic_recurrence import symbolic_recurrence
+
+KEPT_RUNS = 64
+MORE_CALLS = 4  # a run with so many times the calls of the traced one is not seen to its end
+AHEAD = (
+    1,
+    3,
+    10,
+    30,
+    100,
+    300,
+    1000,
+)  # how far ahead a trace with open length is looked at, in steps of `CONGRUENT` ticks
+AHEAD_FIXED = (2, 16, 512)  # one with a fixed length, in lengths of the trace: each is a run
+
+Place = tuple[Any, ...]
+Numbers = tuple[int | str, ...]
+Line = tuple[str, int, str]  # file, number, function
+
+
+@dataclass
+class Run:
+    """What the model did at one length.
+
+    Attributes:
+        calls: the numbers that torch was called with, by place; each with the user's line.
+        counts: how many calls there were, by place.
+        shapes: of the outputs.
+        cut: it was not seen to its end, for a loop that grows with the length.
+    """
+
+    calls: dict[Place, dict[Numbers, Line | None]] = field(default_factory=dict)
+    counts: Counter[Place] = field(default_factory=Counter)
+    shapes: list[torch.Size] = field(default_factory=list)
+    cut: bool = False
+
+
+@contextlib.contextmanager
+def on_fake_tensors(model: nn.Module) -> Iterator[None]:
+    """Tensors that are made in here compute nothing, also when the model runs on them."""
+    with (
+        TRACING,
+        FakeTensorMode(allow_non_fake_inputs=True),
+        torch.no_grad(),
+        as_for_inference(model),
+        quiet(),
+        symbolic_recurrence(),
+        enable_python_dispatcher(),  # which asks for the kernels that symbolic_recurrence sets
+    ):
+        yield
+
+
+class Runs:
+    """Runs of a model on fake tensors, at the batch size of its trace."""
+
+    def __init__(self, model: nn.Module, captured: Capture, clock: Clock, example: Sequence[torch.Tensor]) -> None:
+        self.model, self.captured, self.clock = model, captured, clock
+        self.like = [(tuple(x.shape), x.dtype, x.device) for x in example]
+        self.seen: dict[int, Run | None] = {}
+        self.traced = captured.points[0].ticks
+        self._reference: tuple[Run, set[Place]] | None = None
+
+    def at(self, ticks: int) -> Run | None:
+        """The run at a length; None if the model cannot be run there, or not on fake tensors."""
+        if ticks not in self.seen:
+            if len(self.seen) >= KEPT_RUNS:
+                del self.seen[next(iter(self.seen))]
+            self.seen[ticks] = self._run(ticks)
+        return self.seen[ticks]
+
+    def _run(self, ticks: int) -> Run | None:
+        if any(isinstance(m, torch.jit.ScriptModule) for m in self.model.modules()):
+            return None  # its calls do not pass through Python
+        run = Run()
+        try:
+            reference = self.seen.get(self.traced)
+            most = MORE_CALLS * (1 + reference.counts.total()) if reference else None
+            with on_fake_tensors(self.model):
+                inputs = [
+                    torch.empty(s, dtype=d, device=v)
+                    for s, (_, d, v) in zip(self._sizes(ticks), self.like, strict=True)
+                ]
+                with _Recorder(run, most):
+                    outputs = self.model(*inputs)
+        except _TooMany:
+            run.cut = True
+            return run
+        except Exception:
+            return None
+        run.shapes = [x.shape for x in pytree.tree_leaves(outputs)]
+        return run
+
+    def _sizes(self, ticks: int) -> Iterator[list[int]]:
+        axes = zip(self.like, self.clock.time_dims, self.clock.batch_dims, self.clock.frames, strict=True)
+        for (shape, _, _), t, b, frames in axes:
+            size = list(shape)
+            if t is not None:
+                size[t] = ticks * frames
+            if b is not None:
+                size[b] = self.captured.points[0].batch
+            yield size
+
+    def otherwise(self, ticks: int) -> str | None:
+        """The user's line at which the model does otherwise at this length than where it was traced, or None."""
+        reference, run = self._traced(), self.at(ticks)
+        if reference is None or run is None:
+            return None
+        base, moving = reference
+        if run.cut:
+            grown = [p for p, n in run.counts.items() if n > base.counts[p] and p not in moving]
+            return _told(next(iter(run.calls[grown[0]].values()))) if grown else None
+        for line in itertools.chain(_missing(run, base, None), _missing(base, run, None),
+                                    _missing(run, base, moving), _missing(base, run, moving)):  # fmt: skip
+            return _told(line)
+        return None
+
+    def _traced(self) -> tuple[Run, set[Place]] | None:
+        """The run at the traced length, and the places whose numbers follow the length."""
+        if self._reference is None:
+            base = self.at(self.traced)
+            if base is None:
+                return None
+            ahead = CONGRUENT if self.captured.symbolic_time else self.traced
+            far, farther = self.at(self.traced + ahead), self.at(self.traced + 3 * ahead)
+            moving: set[Place] = set()
+            if far is not None and farther is not None:
+                for place in base.calls.keys() & far.calls.keys() & farther.calls.keys():
+                    runs = (base, far, farther)
+                    seen, (a, b, c) = [list(run.calls[place]) for run in runs], [run.counts[place] for run in runs]
+                    looped = b != a and c - a == 3 * (b - a)
+                    if looped or (a == b == c and seen[0] != seen[1] and _follow(*seen)):
+                        moving.add(place)
+            self._reference = base, moving
+        return self._reference
+
+    def limit(self) -> tuple[int, str | None] | None:
+        """The last length up to which the model does as it was traced, and the line at which it then does otherwise
+        (None: it cannot be run there).
+
+        Only lengths that lie a multiple of some step beyond the traced one are looked at, so that a model that takes
+        none but even lengths, say, is not asked for others.
+        """
+        base = self.traced
+        if self.captured.symbolic_time:
+            ahead = [base + CONGRUENT * k for k in AHEAD]
+        else:
+            ahead = [base * k for k in AHEAD_FIXED]
+        good = base
+        for far in ahead:
+            if self._agrees(far):
+                good = far
+                continue
+            step = next((d for d in (1, 2, 4, 8, 16, 32) if self._agrees(base + d)), base)
+            low, high = (good - base) // step, -((base - far) // step)
+            while high - low > 1:
+                middle = (low + high) // 2
+                low, high = (middle, high) if self._agrees(base + middle * step) else (low, middle)
+            return base + low * step, self.otherwise(base + high * step)
+        return None
+
+    def _agrees(self, ticks: int) -> bool:
+        """Whether the model does at this length what it did where it was traced, as far as can be told."""
+        if self.captured.assumed(ticks) or self.at(self.traced) is None:
+            return True
+        return self.at(ticks) is not None and self.otherwise(ticks) is None
+
+
+def _missing(run: Run, other: Run, moving: set[Place] | None) -> Iterator[Line | None]:
+    """Lines of calls that the other run does not have; of places that both have only where numbers must be the same."""
+    for place, calls in run.calls.items():
+        there = other.calls.get(place)
+        if there is None:
+            yield from calls.values()
+        elif moving is not None and place not in moving:
+            yield from (line for numbers, line in calls.items() if numbers not in there)
+            if run.counts[place] > other.counts[place]:
+                yield next(iter(calls.values()))
+
+
+class _TooMany(Exception):
+    """A loop that grows with the length."""
+
+
+class _Recorder(TorchFunctionMode):
+    """Writes down each call of torch, up to so many."""
+
+    def __init__(self, run: Run, most: int | None) -> None:
+        super().__init__()
+        self.run, self.most = run, most
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if getattr(func, "__name__", "") != "__get__":
+            place, line = _place(sys._getframe(1))
+            self.run.calls.setdefault((func, place), {})[tuple(_numbers((args, kwargs)))] = line
+            self.run.counts[(func, place)] += 1
+            if self.most is not None and self.run.counts.total() > self.most:
+                raise _TooMany
+        return func(*args, **kwargs)
+
+
+def _told(line: Line | None) -> str:
+    return line_of(*line) if line is not None else "(unknown line)"
+
+
+def _numbers(args: Any) -> Iterator[int | str]:
+    """What a call was given beside tensors."""
+    for x in pytree.tree_leaves(args):
+        if isinstance(x, slice):
+            yield from _numbers((x.start, x.stop, x.step))
+        elif not isinstance(x, torch.Tensor):
+            yield x if type(x) is int else str(x)
+
+
+def _follow(base: list[Numbers], far: list[Numbers], farther: list[Numbers]) -> bool:
+    """Whether numbers grow with the length: three times as much where that has grown three times as much."""
+    if not len(base) == len(far) == len(farther):
+        return False
+    triples = [t for calls in zip(base, far, farther, strict=True) for t in itertools.zip_longest(*calls)]
+    return all(
+        a == b == c or (isinstance(a, int) and isinstance(b, int) and isinstance(c, int) and c - a == 3 * (b - a))
+        for a, b, c in triples
+    )
+
+
+def _place(frame: FrameType | None) -> tuple[Place, Line | None]:
+    """The way through the code to this frame, and the innermost line of it that is the user's."""
+    way: list[Any] = []
+    line: Line | None = None
+    while frame is not None and frame.f_code is not Runs._run.__code__:
+        code = frame.f_code
+        owner = frame.f_locals.get("self") if "self" in code.co_varnames[:1] else None
+        way += (code, frame.f_lasti, id(owner) if isinstance(owner, nn.Module) else None)
+        if line is None and is_users(code.co_filename):
+            line = code.co_filename, frame.f_lineno, code.co_name
+        frame = frame.f_back
+    return tuple(way), line

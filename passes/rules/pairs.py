@@ -1,0 +1,512 @@
+"""Values with an entry for every two frames: attention written by hand, and the masks and biases of any attention.
+
+A `Pair` comes from a product of queries and keys, or from positions compared with positions. It ends where it is summed
+over one of its two frames: if its weights reach no further than so many frames ahead, what comes out is a stream.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from ..codegen.pairs import Evaluator, Reach, Scope, evaluate, find_reach, streams_of
+from ..errors import NonLocal
+from ..layout import KEY, TIME, Dim, Layout, from_sizes
+from ..registry import Call, Fact, Pair, Sample, find_rule, lower_call, overloads, pair_rule, rule
+from ..schedule import Taps
+from ..stream_graph import SAME, Op, Read, Value, Window, read
+
+aten = torch.ops.aten
+
+
+def make(
+    call: Call,
+    layout: Layout,
+    operands: Sequence[Value],
+    *,
+    lower: Any = lower_call,
+    columns: Sequence[int] = (),
+    nodes: Sequence[fx.Node] = (),
+    rows: Value,
+) -> Pair:
+    """A pair whose op is evaluated where it is summed up: nothing is scheduled.
+
+    Args:
+        layout: with `TIME` and `KEY`.
+        operands: streams and pairs; `columns` are those that are read at the keys.
+        rows: a value as long as both of the two dimensions.
+    """
+    call.require(layout[layout.time] == (TIME,) and layout[layout.key] == (KEY,), "pairs of frames are folded")
+    value = call.emit(
+        layout, [Read(v, SAME) for v in operands], lower=lower, length_of=[rows], rate=rows.rate, nodes=list(nodes)
+    )
+    op = call.graph.ops.pop()
+    op.columns = frozenset(columns)
+    return Pair("pairs of frames are read outside of attention", value=value, data=bool(streams_of(value)))
+
+
+def same_clock(call: Call, values: Sequence[Value]) -> None:
+    """Both of the two frames of a pair are counted by the same clock."""
+    call.require(len({v.rate for v in values}) == 1, "queries and keys have different frame rates")
+    call.require(len({v.lengths for v in values}) == 1, "queries and keys have different lengths in time")
+
+
+def pointwise(call: Call) -> Fact:
+    """Any pointwise op, its arguments broadcast over rows and columns."""
+    tensors = [n for n in call.node.all_input_nodes if isinstance(n.meta.get("val"), torch.Tensor)]
+    rank = len(call.out_sizes)
+    axes: set[int] = set()
+    given: dict[fx.Node, Value] = {}
+    row = column = None
+    for n in tensors:
+        fact = call.facts[n]
+        if isinstance(fact, Pair):
+            v = fact.value
+            at = rank - len(v.layout)
+            crossed = row is not None and (row, column) != (at + v.layout.time, at + v.layout.key)
+            call.require(not crossed, "rows and columns of two masks lie crosswise")
+            row, column = at + v.layout.time, at + v.layout.key
+            axes |= {row, column}
+        elif isinstance(fact, Value):
+            v = call.ungroup(fact)
+            axes.add(rank - len(v.layout) + v.layout.time)
+        else:
+            continue
+        given[n] = v
+    call.require(len(axes) == 2, "time lies in different dimensions of its arguments")
+    if row is None:
+        row, column = sorted(axes)
+    assert column is not None
+    clock = next(iter(given.values()))
+    columns = {n for n, v in given.items() if not v.layout.paired and rank - len(v.layout) + v.layout.time == column}
+    for n in tensors:
+        if n not in given:
+            table, at_keys = _lying_along(call, n, {row: TIME, column: KEY}, rank, clock)
+            if table is not None:
+                given[n] = table
+                columns |= {n} if at_keys else set()
+    same_clock(call, list(given.values()))
+    layouts = [given[n].layout if n in given else call.static_layout(n) for n in tensors]
+    dims: list[Dim] = []
+    for i in range(rank):
+        present = [d for lay in layouts if (k := i - (rank - len(lay))) >= 0 and (d := lay[k])]
+        dims.append((TIME,) if i == row else (KEY,) if i == column else (present or [()])[0])
+    nodes = list(given)
+    where = [i for i, n in enumerate(nodes) if n in columns]
+    return make(call, Layout(tuple(dims)), list(given.values()), columns=where, nodes=nodes, rows=clock)
+
+
+def _lying_along(
+    call: Call, node: fx.Node, axes: Mapping[int, Any], rank: int, clock: Value
+) -> tuple[Value | None, bool]:
+    """A static tensor that lies along rows or columns or both, as a value; and whether only along columns."""
+    shape = node.meta["val"].shape
+    along = [i - (rank - len(shape)) for i in axes if i >= rank - len(shape) and shape[i - (rank - len(shape))] != 1]
+    if not along:
+        return None, False
+    table = call.as_table(node, along[0], clock)
+    if len(along) == 1:
+        return table, axes[along[0] + rank - len(shape)] is KEY
+    return second_axis(call, table, along[1]).value, False
+
+
+def second_axis(call: Call, table: Value, axis: int) -> Pair:
+    """A table of which another dimension lies along the keys."""
+    size = call.sizes_of(table.node)[axis][0] if table.node is not None else 0
+
+    def lower(b: Any, op: Op, windows: list[Window], span: range, _: Any) -> Any:
+        at = b.aten("clamp.default", b.index_range(op.outputs[0], b.scope.columns), 0, size - 1)
+        return b.aten("index_select.default", windows[0].node, axis, at)
+
+    return make(call, table.layout.replace(axis, (KEY,)), [table], lower=lower, rows=table)
+
+
+# -- where pairs come from ---------------------------------------------------------------------------------------------
+
+
+@pair_rule(aten.full.default)
+def full(call: Call) -> Fact:
+    """The same number for every two frames."""
+    along = []
+    for i, s in enumerate(call.out_sizes):
+        by_batch = {n for n, b in zip(s, call.graph.batch, strict=True) if b == call.graph.batch[0]}
+        along += [i] if len(by_batch) > 1 else []
+    call.require(len(along) == 2, "a tensor with more than two time axes")
+    like, length = call.length_like(call.out_sizes[along[0]])
+    call.require(like.lengths == call.out_sizes[along[0]] == call.out_sizes[along[1]], "its sides differ in length")
+    dims = [
+        (TIME,) if i == along[0] else (KEY,) if i == along[1] else from_sizes([s], call.graph.batch)[0]
+        for i, s in enumerate(call.out_sizes)
+    ]
+    layout, number, dtype = Layout(tuple(dims)), call.arg("fill_value"), call.dtype()
+    lower = lambda b, op, windows, span, _: b.full(b.sizes(layout, len(span)), number, dtype)  # noqa: E731
+    return make(call, layout, [], lower=lower, rows=like)
+
+
+@pair_rule(*overloads("slice.Tensor narrow.default"))
+def slice_(call: Call) -> Fact:
+    """A table that is read along time in a second dimension; or a slice that takes all frames."""
+    fact = call.facts[call.samples[0]["self"]]
+    x = fact.value if isinstance(fact, Pair) else call.stream("self")
+    axis = call.arg("dim", 0) % len(x.layout)
+    sizes = call.out_sizes[axis]
+    starts = {s for s in call.sampled("start") if s is not None}
+    call.require(starts <= {0} and call.arg("step", 1) == 1, "part of a mask is read")
+    call.require(sizes == x.lengths, "its length is not that of the clip")
+    if isinstance(fact, Pair):
+        call.require(axis in (x.layout.time, x.layout.key), "part of the heads are read")
+        return fact
+    call.require(x.layout.clean and axis != x.layout.time, "the slice is no table")
+    return second_axis(call, x, axis)
+
+
+@pair_rule(*overloads("tril.default triu.default"))
+def triangle(call: Call) -> Fact:
+    """The entries on one side of a diagonal, zero elsewhere."""
+    x = _pair(call, "self")
+    layout = x.layout
+    rank = len(layout)
+    call.require((layout.time, layout.key) == (rank - 2, rank - 1), "a triangle of other dimensions")
+    diagonal, lower_half = call.arg("diagonal", 0), "tril" in str(call.node.target)
+
+    def lower(b: Any, op: Op, windows: list[Window], span: range, _: Any) -> Any:
+        ahead = b.distance(b.scope)
+        keep = b.aten("le.Scalar" if lower_half else "ge.Scalar", ahead, diagonal)
+        return b.aten("where.self", keep, windows[0].node, b.like(0, windows[0].node))
+
+    return make(call, layout, [x], lower=lower, rows=x)
+
+
+@pair_rule(aten.index.Tensor)
+def lookup(call: Call) -> Fact:
+    """A table looked up at indices made of two positions, as relative position biases are."""
+    indices = call.samples[0]["indices"]
+    call.require(len(indices) == 1 and isinstance(call.fact(indices[0]), Pair), "indices of several dimensions")
+    x = call.facts[indices[0]].value
+    table = call.static_layout(call.samples[0]["self"])
+    return make(call, Layout((*x.layout, *table.dims[1:])), [x], nodes=[indices[0]], rows=x, lower=lower_lookup)
+
+
+def lower_lookup(b: Any, op: Op, windows: list[Window], span: range, _: Any) -> Any:
+    """``table[indices]``; entries of keys that do not exist may point anywhere."""
+    assert op.node is not None
+    table = op.node.args[0]
+    size = table.meta["val"].shape[0]  # type: ignore[union-attr]
+    at = b.aten("clamp.default", windows[0].node, -size, size - 1)
+    return b.aten("index.Tensor", b.static(table), [at])
+
+
+# -- ops that treat a pair as any tensor -------------------------------------------------------------------------------
+
+
+@pair_rule(
+    *overloads(
+        "view.default reshape.default _unsafe_view.default flatten.using_ints unflatten.int squeeze.default "
+        "squeeze.dim squeeze.dims unsqueeze.default permute.default transpose.int swapaxes.default t.default "
+        "mT.default movedim.int movedim.intlist expand.default expand_as.default embedding.default select.int"
+    )
+)
+def as_frames(call: Call) -> Fact:
+    """The frames' rule, the second frame's dimension being one like any other."""
+    apply = find_rule(call.node.target)
+    assert apply is not None
+    pairs = {n: f.value for n in call.node.all_input_nodes if isinstance(f := call.facts[n], Pair)}
+    call.require(bool(pairs), "it is no pair of frames")
+    known = len(call.graph.ops)
+    value = apply(dataclasses.replace(call, facts={**call.facts, **pairs}))
+    del call.graph.ops[known:]
+    call.require(isinstance(value, Value) and value.layout.paired and value.layout.clean, "pairs of frames are folded")
+    call.require(value.layout[value.layout.key] == (KEY,), "pairs of frames are folded")
+    return Pair("pairs of frames are read outside of attention", value=value, data=bool(streams_of(value)))
+
+
+@pair_rule(*overloads("softmax.int _softmax.default"))
+def softmax(call: Call) -> Fact:
+    """Weights of the keys; keys that do not exist have none."""
+    x = _pair(call, "self")
+    axis = call.arg("dim") % len(x.layout)
+    call.require(axis != x.layout.time, "softmax over the queries")
+
+    def lower(b: Any, op: Op, windows: list[Window], span: range, _: Any) -> Any:
+        scores = windows[0].node
+        if axis == x.layout.key:
+            scores = b.where_exists(scores, x.layout, torch.finfo(x.dtype).min)
+        return b.call(op, [Window(scores, span.start, span.stop)])
+
+    return make(call, x.layout, [x], lower=lower, nodes=[call.samples[0][_name(call)]], rows=x)
+
+
+def _name(call: Call) -> str:
+    return "input" if "input" in call.samples[0] else "self"
+
+
+def _pair(call: Call, name: str) -> Value:
+    """The pair given as this argument.
+
+    Raises:
+        NonLocal: it is none.
+    """
+    fact = call.fact(call.samples[0].get(name))
+    if not isinstance(fact, Pair):
+        raise NonLocal(f"its argument '{name}' is no pair of frames")
+    return fact.value
+
+
+# -- products ----------------------------------------------------------------------------------------------------------
+
+
+@pair_rule(*overloads("matmul.default bmm.default baddbmm.default"))
+def matmul(call: Call) -> Fact:
+    """Queries times keys, or weights times values."""
+    args = call.samples[0]
+    names = next(n for n in (("self", "other"), ("batch1", "batch2"), ("self", "mat2")) if n[1] in args)
+    nodes = [args[n] for n in names]
+    left, right = (_tensor(call, n) for n in nodes)
+    rank = max(len(left), len(right))
+    call.require(len(left) >= 2 and len(right) >= 2, "a product with a vector")
+    batch = [
+        next((d for lay in (left, right) if (k := i - rank + len(lay)) >= 0 and (d := lay[k])), ())
+        for i in range(rank - 2)
+    ]
+    letters = [chr(ord("A") + i) for i in range(rank - 2)]
+    terms = [[*letters[rank - len(left) :], "i", "k"], [*letters[rank - len(right) :], "k", "j"]]
+    result = [*letters, "i", "j"]
+    dims = {**dict(zip(letters, batch, strict=True)), "i": left[len(left) - 2], "j": right[len(right) - 1]}
+    added = None
+    if "batch1" in args:
+        added = args["self"]
+        call.require(not isinstance(call.fact(added), Value), "what is added depends on time")
+    return product(call, nodes, terms, result, dims, added)
+
+
+@pair_rule(aten.einsum.default)
+def einsum(call: Call) -> Fact:
+    """The same, by letters."""
+    equation = call.arg("equation").replace(" ", "")
+    call.require("." not in equation and "->" in equation, "an einsum with an ellipsis or without '->'")
+    nodes = list(call.samples[0]["tensors"])
+    call.require(len(nodes) == 2, "an einsum of more than two tensors over time")
+    given, result = equation.split("->")
+    terms = [list(t) for t in given.split(",")]
+    dims: dict[str, Dim] = {}
+    for term, node in zip(terms, nodes, strict=True):
+        for letter, d in zip(term, _tensor(call, node), strict=True):
+            dims[letter] = dims.get(letter) or d
+    return product(call, nodes, terms, list(result), dims, None)
+
+
+def _tensor(call: Call, node: fx.Node) -> Layout:
+    fact = call.facts[node]
+    if isinstance(fact, Pair):
+        return fact.value.layout
+    return call.ungroup(fact).layout if isinstance(fact, Value) else call.static_layout(node)
+
+
+def product(
+    call: Call, nodes: list[fx.Node], terms: list[list[str]], result: list[str], dims: Mapping[str, Dim], added: Any
+) -> Fact:
+    """A sum of products of two tensors, their dimensions named by letters."""
+    facts = [call.facts[n] for n in nodes]
+    values = [f.value if isinstance(f, Pair) else call.ungroup(f) if isinstance(f, Value) else None for f in facts]
+    if all(isinstance(f, Value) for f in facts):
+        left, right = (v for v in values if v is not None)
+        row, column = terms[0][left.layout.time], terms[1][right.layout.time]
+        call.require(row != column and {row, column} <= set(result), "a product that sums over the time axis")
+        call.require(row not in terms[1] and column not in terms[0], "frames lie along features")
+        same_clock(call, [left, right])
+        layout = Layout(tuple((TIME,) if x == row else (KEY,) if x == column else dims[x] for x in result))
+        operands, all_nodes = [left, right], list(nodes)
+        if isinstance(call.fact(added), Pair):
+            mask = call.facts[added].value
+            at = len(layout) - len(mask.layout)
+            call.require(
+                (at + mask.layout.time, at + mask.layout.key) == (layout.time, layout.key), "a mask lies crosswise"
+            )
+            same_clock(call, [left, mask])
+            operands, all_nodes = [*operands, mask], [*all_nodes, added]
+        elif added is not None:
+            shape = added.meta["val"].shape
+            call.require(all(s == 1 for s in shape[-2:]), "what is added lies along time")
+        return make(call, layout, operands, columns=[1], nodes=all_nodes, rows=left)
+    call.require(added is None, "weights are multiplied and added to")
+    paired = [i for i, f in enumerate(facts) if isinstance(f, Pair)]
+    call.require(len(paired) == 1 and values[1 - paired[0]] is not None, "pairs are multiplied with each other")
+    weights, other = values[paired[0]], values[1 - paired[0]]
+    assert weights is not None and other is not None
+    row, column = terms[paired[0]][weights.layout.time], terms[paired[0]][weights.layout.key]
+    call.require(not other.layout.paired, "pairs are multiplied with each other")
+    call.require(terms[1 - paired[0]][other.layout.time] == column, "weights are multiplied with their queries' frames")
+    call.require(column not in result and row in result, "weights are multiplied but not summed")
+    same_clock(call, [weights, other])
+    layout = Layout(tuple((TIME,) if x == row else dims[x] for x in result))
+    order = [nodes[paired[0]], nodes[1 - paired[0]]]
+
+    def lower(b: Any, op: Op, scope: Scope, _: Any) -> Any:
+        node = b.where_exists(evaluate(b, weights, scope), weights.layout, 0, scope)
+        windows = [
+            Window(node, scope.rows.start, scope.rows.stop),
+            Window(scope.frames[other, True], scope.columns.start, scope.columns.stop),
+        ]
+        return b.call(dataclasses.replace(op, stream_nodes=order), windows)
+
+    return summed_up(call, layout, weights, [(other, True)], lower)
+
+
+def summed_up(
+    call: Call,
+    layout: Layout,
+    weights: Value | None,
+    others: Sequence[tuple[Value, bool]],
+    lower: Any,
+    reach: Reach | None = None,
+) -> Value:
+    """Pairs summed over their keys: a stream, if they reach no further than so many frames ahead.
+
+    Args:
+        layout: of the result.
+        weights: zero, or so low that softmax makes it zero, where a query does not read a key; None if `reach` is all
+            that is known.
+        others: streams that are read besides, and whether at the keys.
+        lower: ``lower(builder, op, scope, [])``, with the frames of `others` in ``scope.frames``.
+
+    Raises:
+        NonLocal: they reach to the end of the clip.
+    """
+    if reach is None:
+        assert weights is not None
+        reach = find_reach(evaluator(call), weights)
+    streams = list(dict.fromkeys([*(streams_of(weights) if weights is not None else []), *others]))
+    call.require(any(at_keys for _, at_keys in streams), "positions are compared with positions alone")
+    back = reach.back if reach.back is not None else None if call.context is None else call.context - 1
+    everything, found = back is None, reach
+    taps = Taps(1, 1, -(back or 0), reach.ahead)
+    reads = [read(v, taps, fill=0.0, everything=everything) if at_keys else read(v) for v, at_keys in streams]
+
+    def lowered(b: Any, op: Op, windows: list[Window], span: range, _: Any) -> Any:
+        scope = Scope(span, b.columns(op, taps, everything, span), alike=found.alike, limit=found.limit)
+        scope.frames.update({key: w.node for key, w in zip(streams, windows, strict=True)})
+        scope.exists = b.existing(op, scope, masked=everything, back=back if found.back is None else None)
+        return lower(b, op, scope, [])
+
+    clock = weights or others[0][0]
+    value = call.emit(
+        layout,
+        reads,
+        rate=clock.rate,
+        length_of=[clock],
+        lower=lowered,
+        memory=everything,
+        limit=reach.limit,
+        indexed=weights is not None and not _by_distance(weights, reach),
+    )
+    op = value.producer
+    assert isinstance(op, Op)
+    op.approximate = not everything and reach.back is None
+    return value
+
+
+def evaluator(call: Call) -> Evaluator:
+    """What evaluates masks when compiling."""
+    return Evaluator(call.constants, call.graph, call.node.meta["val"].device)
+
+
+def as_masking(call: Call, node: fx.Node, clock: Value) -> Value:
+    """An attention mask (True, or a number that is added, where a query reads a key) as pairs of frames."""
+    fact = call.facts[node]
+    if isinstance(fact, Pair):
+        layout = fact.value.layout
+        call.require((layout.time, layout.key) == (len(layout) - 2, len(layout) - 1), "a mask lies crosswise")
+        return fact.value
+    call.require(not isinstance(fact, Value), "a mask for each frame")
+    rank = node.meta["val"].dim()
+    call.require(rank >= 2, "a mask without rows")
+    mask, at_keys = _lying_along(call, node, {rank - 2: TIME, rank - 1: KEY}, rank, clock)
+    call.require(mask is not None and mask.layout.paired and not at_keys, "attention over the whole clip")
+    assert mask is not None
+    return mask
+
+
+def _by_distance(weights: Value, reach: Reach) -> bool:
+    """Whether what is made of positions alone depends on nothing but distances."""
+    queue, seen = [weights], set()
+    while queue:
+        v = queue.pop()
+        if v in seen or v in reach.alike:
+            continue
+        seen.add(v)
+        if v.layout.paired:
+            if not streams_of(v):
+                return False
+            assert isinstance(v.producer, Op)
+            queue.extend(r.source for r in v.producer.reads)
+    return True
+
+
+@pair_rule(*overloads("sum.dim_IntList amax.default logsumexp.default"))
+def reduction(call: Call) -> Fact:
+    """A sum or the like over the keys of each query."""
+    x = _pair(call, "self")
+    given = call.arg("dim")
+    over = {d % len(x.layout) for d in ([given] if isinstance(given, int) else given or range(len(x.layout)))}
+    call.require(x.layout.key in over and x.layout.time not in over, "a reduction over the queries")
+    keep = bool(call.arg("keepdim", False))
+    layout = Layout(tuple(() if i in over else d for i, d in enumerate(x.layout) if keep or i not in over))
+    summed = call.node.target is aten.sum.dim_IntList
+    node = call.samples[0]["self"]
+
+    def lower(b: Any, op: Op, scope: Scope, _: Any) -> Any:
+        pairs = evaluate(b, x, scope)
+        pairs = b.where_exists(pairs, x.layout, 0 if summed else torch.finfo(x.dtype).min, scope)
+        window = Window(pairs, scope.rows.start, scope.rows.stop)
+        return b.call(dataclasses.replace(op, stream_nodes=[node]), [window])
+
+    reach = (
+        None
+        if summed
+        else find_reach(Evaluator(call.constants, call.graph, call.node.meta["val"].device), x, scores=True)
+    )
+    return summed_up(call, layout, x, [], lower, reach)
+
+
+# triangles and masks that do not depend on time have no rule of their own: they are static
+rule(*overloads("tril.default triu.default"))(lambda call: _within_frames(call))
+
+
+def _within_frames(call: Call) -> Fact:
+    x = call.stream("self")
+    call.require(x.layout.time < len(x.layout) - 2, "a triangle over the time axis")
+    return call.framewise(x.layout)
+
+
+class _Attention(nn.Module):
+    def __init__(self, band: int = 0) -> None:
+        super().__init__()
+        self.qkv, self.band = nn.Linear(4, 12), band
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(batch, time, 4): each frame attends to those before it, by hand."""
+        q, k, v = self.qkv(x).chunk(3, -1)
+        i = torch.arange(x.shape[1])
+        ahead = i[None] - i[:, None]
+        mask = (ahead > 0) | (ahead < -self.band) if self.band else ahead > 0
+        scores = (q @ k.transpose(1, 2) / 2 + 0.1 * ahead).masked_fill(mask, -torch.inf)
+        y: torch.Tensor = scores.softmax(-1) @ v
+        return y
+
+
+class _Linear(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(batch, time, 4): attention without softmax, weights that sum to one."""
+        w = torch.einsum("bic,bjc->bij", x.exp(), x.exp()).tril()
+        return torch.einsum("bij,bjc->bic", w, x) / w.sum(-1, keepdim=True)
+
+
+SAMPLES = [
+    Sample("causal_attention_by_hand", _Attention, (2, 9, 4), 1, unbounded=True),
+    Sample("banded_attention_by_hand", lambda: _Attention(3), (2, 9, 4), 1),
+    Sample("linear_attention", _Linear, (2, 9, 4), 1, unbounded=True),
+]

@@ -1,0 +1,116 @@
+"""How models are traced that torch.export does not take, and what is said of those that nothing takes."""
+
+import subprocess
+import sys
+import textwrap
+
+import pytest
+import torch
+from torch import nn
+
+import cofx
+from models.sample import Net
+
+X = torch.randn(2, 3, 30, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture(autouse=True)
+def no_grad():
+    with torch.no_grad():
+        yield
+
+
+def layers() -> nn.Module:
+    return nn.Sequential(
+        nn.Conv1d(3, 4, 3, padding=1),
+        nn.BatchNorm1d(4),
+        nn.ReLU(),
+        nn.Conv1d(4, 2, 4, stride=2),
+        nn.ConvTranspose1d(2, 2, 2),
+    )
+
+
+@pytest.mark.parametrize("script", [torch.jit.script, lambda m: torch.jit.trace(m, X)], ids=["script", "trace"])
+def test_a_torchscript_module_is_recorded(script) -> None:
+    with pytest.raises(ValueError, match="ScriptModule"):
+        torch.export.export(script(layers().eval()), (X,), strict=False)
+    model = script(layers().eval())
+    step = cofx.compile(model, X[:, :, :10])
+    assert step.equivalence == "stream" and step.stride == 2
+    assert step.verify(X).exact
+    assert step.verify(X[:1]).exact, "the batch is open, though only two were recorded"
+    assert list(step.state_dict()) == list(model.state_dict())
+    twice = {n: t * 2 for n, t in model.state_dict().items()}
+    step.load_state_dict(twice)
+    step.clean_state()
+    assert step.verify(X).exact, "parameters are the model's own"
+
+
+def test_numbers_that_follow_the_length_are_not_taken_for_constants() -> None:
+    class Fixed(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return torch.relu(x[:, :, : x.shape[2] - 2])
+
+    step = cofx.compile(torch.jit.script(Fixed()), X[:, :, :10])
+    assert step.equivalence == "stream" and step.verify(X).exact
+
+
+@pytest.mark.parametrize(
+    "leave",
+    [lambda m, x: m.conv(torch.from_numpy(x.numpy() * 2)), lambda m, x: m.conv(x.data)],
+    ids=["numpy", "data"],
+)
+def test_what_leaves_torch_is_refused(leave) -> None:
+    with pytest.raises(cofx.CaptureError) as error:
+        cofx.compile(Net(leave, conv=nn.Conv1d(3, 3, 3)), X)
+    assert "leaves torch" in str(error.value)
+
+
+def test_a_model_that_is_recorded_is_left_as_it_was() -> None:
+    class Counts(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("seen", torch.zeros(()))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            self.seen += 1
+            self.last = x
+            return x.data
+
+    model, state = Counts(), torch.get_rng_state()
+    with pytest.raises(cofx.CaptureError, match="buffers"):
+        cofx.compile(model, X)
+    assert model.seen == 0 and not hasattr(model, "last")
+    assert torch.equal(state, torch.get_rng_state())
+
+
+def test_what_forward_leaves_on_the_module_is_taken_off_again() -> None:
+    class Keeps(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            self.last = x.relu()
+            return self.last
+
+    model = Keeps()
+    cofx.compile(model, X)
+    assert not hasattr(model, "last")
+
+
+def test_one_cause_is_told_once_with_the_line_and_nothing_is_printed() -> None:
+    program = """
+        import torch, cofx
+        from torch import nn
+        class Branches(nn.Module):
+            def forward(self, x):
+                return x if x.sum().item() > 0 else -x
+        try:
+            cofx.compile(Branches(), torch.randn(1, 3, 30))
+        except cofx.CaptureError as error:
+            print(error)
+    """
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(program)], capture_output=True, text=True)
+    assert done.stderr == ""
+    lines = done.stdout.splitlines()
+    assert len(lines) == 3, done.stdout
+    assert "depends on the data" in lines[0] and "line" not in lines[0]
+    assert lines[1].split()[0] == "at" and "in forward" in lines[1]
+    assert lines[2].split()[0] == "try" and "torch.where" in lines[2]
