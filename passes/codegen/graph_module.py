@@ -830,6 +830,10 @@ def _validity(b: Builder, plan: Plan, spans: list[OutputSpan]) -> tuple[fx.Node 
             stop = b.index_range(value, range(b.after[value], b.after[value] + 1))
             ok = b.aten("le.Scalar", b.aten("minimum.default", stop, b.length(value)), op.limit)
             within = ok if within is None else b.aten("logical_and.default", within, ok)
+    if b.key.capacity and b.schedule.growing:
+        room = b.aten("le.Scalar", b.states["count"], b.key.capacity - b.key.ticks)
+        ok = b.aten("unsqueeze.default", room, 0)
+        within = ok if within is None else b.aten("logical_and.default", within, ok)
     exist: list[fx.Node | None] = []
     for leaf, span in zip(plan.outputs, spans, strict=True):
         if leaf.value is None:
