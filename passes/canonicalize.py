@@ -58,6 +58,9 @@ def canonicalize(capture: Capture) -> fx.Graph:
         elif target in (aten.copy.default, aten.fill.Tensor):
             sizes = [Number(s) for s in value.shape]
             target, args, kwargs = aten.expand.default, (args[1], sizes), {}
+        if target is aten.view_as_complex.default:  # the one op that wants the strides that it was traced with
+            dense = {"memory_format": torch.contiguous_format}
+            args = (_make(graph, node.args[0], aten.clone.default, args, dense, capture),)
         new = _make(graph, node, target, args, kwargs, capture)
         env[node] = new
         if written is not None:

@@ -119,7 +119,7 @@ def capture(model: nn.Module, example: Sequence[torch.Tensor], clock: Clock, tic
     """
     causes: dict[str, str] = {}  # by the line that raised
     with TRACING, as_for_inference(model), quiet():
-        ways = [(_export_open, max(2, batch)), (_export_open, batch), (_export_open_batch, max(2, batch)),
+        ways = [(_export_open, max(2, batch)), (_export_open_time, batch), (_export_open_batch, max(2, batch)),
                 (_export_fixed, batch), (_export_recorded, max(2, batch))]  # fmt: skip
         for way, lanes in dict.fromkeys(ways):
             point = Point(lanes, ticks)
@@ -158,7 +158,7 @@ def _told(error: Exception, where: str | None) -> str:
 
 
 def _export(model: nn.Module, inputs: tuple[torch.Tensor, ...], dims: list[dict[int, Any]]) -> ExportedProgram:
-    with symbolic_recurrence(), caught_errors(), KnownValues():
+    with symbolic_recurrence(), caught_errors(), KnownValues(model):
         program = export(
             model,
             inputs,
@@ -194,7 +194,7 @@ def _dynamic_shapes(model: nn.Module, dims: list[dict[int, Any]]) -> Any:
     shapes: list[Any] = []
     for i, parameter in enumerate(parameters):
         if parameter.kind is parameter.VAR_POSITIONAL:
-            shapes.append(tuple(dims[i:]))
+            shapes += [tuple(dims[i:])] if dims[i:] else []
             break
         if i < len(dims):
             shapes.append(dims[i])
@@ -210,6 +210,10 @@ def _export_open(model: nn.Module, inputs: tuple[torch.Tensor, ...], clock: Cloc
 
 def _export_open_batch(model: nn.Module, inputs: tuple[torch.Tensor, ...], clock: Clock) -> ExportedProgram:
     return _export(model, inputs, [{} if b is None else {b: Dim.AUTO} for b in clock.batch_dims])
+
+
+def _export_open_time(model: nn.Module, inputs: tuple[torch.Tensor, ...], clock: Clock) -> ExportedProgram:
+    return _export(model, inputs, [{} if t is None else {t: Dim.AUTO} for t in clock.time_dims])
 
 
 def _export_fixed(model: nn.Module, inputs: tuple[torch.Tensor, ...], clock: Clock) -> ExportedProgram:
@@ -300,8 +304,9 @@ def _from_export(model: nn.Module, program: ExportedProgram, clock: Clock, point
     if batch:
         points.append(Point(point.batch + 1, point.ticks))
     if time:
-        _no_constants(placeholders, clock, symbols, point)
         points += [Point(point.batch, point.ticks + CONGRUENT), Point(point.batch, point.ticks + 3 * CONGRUENT)]
+    _check_sizes(graph, symbols)
+    _check_equalities(placeholders, symbols, points)
     return Capture(
         graph=graph,
         constants=constants,
@@ -361,27 +366,35 @@ def _sizes(node: fx.Node) -> Iterator[torch.SymInt]:
                 yield size
 
 
-def _no_constants(placeholders: list[fx.Node], clock: Clock, symbols: Any, point: Point) -> None:
-    """Raise if the trace took a size for a constant (``int(n)``): an equality that fails at longer clips.
+def _check_sizes(graph: fx.Graph, symbols: dict[sympy.Symbol, Callable[[Point], int]]) -> None:
+    """Raise `CaptureError` for a size that follows from nothing but the data."""
+    for node in graph.nodes:
+        for value in pytree.tree_leaves(node.meta.get("val")):
+            for size in value.shape if isinstance(value, torch.Tensor) else ():
+                if isinstance(size, torch.SymInt) and not size.node.expr.free_symbols <= set(symbols):
+                    raise CaptureError(f"a size depends on the data: {size.node.expr}")
+
+
+def _check_equalities(
+    placeholders: list[fx.Node], symbols: dict[sympy.Symbol, Callable[[Point], int]], points: list[Point]
+) -> None:
+    """Try the equalities that the trace assumed of its sizes at every sample point.
 
     Raises:
-        CaptureError: then another way of tracing, with the length fixed, is better.
+        CaptureError: one fails there: a number was made of a size (``int(n)``, ``len(x)``), which fixes it. Then
+            another way of tracing, with that size fixed, is better.
     """
-    node, axis = next(
-        (n, t) for n, t in zip(placeholders, clock.time_dims, strict=True) if t is not None and _open(n, t)
-    )
-    environment = node.meta["val"].shape[axis].node.shape_env
+    sizes = [s for n in placeholders for s in n.meta["val"].shape if isinstance(s, torch.SymInt)]
+    if not sizes:
+        return
+    environment = sizes[0].node.shape_env
     assumed = [g.expr for g in environment.guards]
     assumed += [a.expr for asserts in environment.deferred_runtime_asserts.values() for a in asserts]
-    far = Point(point.batch, point.ticks + CONGRUENT)
     for expr in assumed:
-        if isinstance(expr, sympy.Eq) and set(expr.free_symbols) <= set(symbols) and not _holds(expr, symbols, far):
-            raise CaptureError(f"the trace took a size for a constant: {expr}")
-
-
-def _open(node: fx.Node, axis: int) -> bool:
-    size = node.meta["val"].shape[axis]
-    return isinstance(size, torch.SymInt) and isinstance(size.node.expr, sympy.Symbol)
+        if isinstance(expr, sympy.Eq) and set(expr.free_symbols) <= set(symbols):
+            for point in points:
+                if expr.xreplace({s: sympy.Integer(f(point)) for s, f in symbols.items()}) == sympy.false:
+                    raise CaptureError(f"the trace took a size for a constant: {expr}")
 
 
 def _varies(size: int | torch.SymInt) -> bool:
@@ -390,10 +403,6 @@ def _varies(size: int | torch.SymInt) -> bool:
         return False
     allowed = size.node.shape_env.bound_sympy(size.node.expr)
     return bool(allowed.lower != allowed.upper)
-
-
-def _holds(expr: Any, symbols: dict[sympy.Symbol, Callable[[Point], int]], point: Point) -> bool:
-    return bool(expr.xreplace({s: sympy.Integer(f(point)) for s, f in symbols.items()}) != sympy.false)
 
 
 def _symbols(placeholders: list[fx.Node], clock: Clock) -> dict[sympy.Symbol, Callable[[Point], int]]:

@@ -1,19 +1,22 @@
 """Numbers that a model reads from tensors which it made of numbers alone: ``torch.arange(1, x.dim()).tolist()``.
 
 While tracing, tensors have shapes but no values, so that tracing ends where a value is asked for. A tensor that is made
-of numbers, and all that is computed from such tensors, is therefore computed beside the trace as well. Nothing that
-depends on inputs, parameters, open sizes or random numbers is ever known.
+of numbers, and all that is computed from such tensors, is therefore computed beside the trace as well. So are the
+model's own buffers (a stride that is kept as one, a flag, a window). Nothing that depends on inputs, parameters, open
+sizes or random numbers is ever known.
 """
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import nn
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
-from torch.utils._python_dispatch import _disable_current_modes
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils.weak import WeakTensorKeyDictionary
 
 MOST = 1 << 16  # elements of a tensor whose values are kept
@@ -21,19 +24,38 @@ _MADE_OF_NUMBERS = {
     torch.arange, torch.as_tensor, torch.full, torch.linspace, torch.ones, torch.scalar_tensor, torch.tensor,
     torch.zeros,
 }  # fmt: skip
+_READS = {
+    "item", "tolist", "__bool__", "__int__", "__float__", "__index__", "__contains__", "is_nonzero", "equal",
+    "allclose",
+}  # fmt: skip
+_TAKES_SIZES = {
+    torch._C._nn.pad, torch.nn.functional.pad, torch.Tensor.view, torch.Tensor.reshape, torch.Tensor.expand,
+    torch.Tensor.repeat, torch.Tensor.narrow,
+}  # fmt: skip
 _OPEN = (torch.SymInt, torch.SymFloat, torch.SymBool)
 
 
 class KnownValues(TorchFunctionMode):
     """While this is open, values that follow from numbers alone can be read from traced tensors."""
 
-    def __init__(self) -> None:
+    def __init__(self, model: nn.Module) -> None:
         super().__init__()
+        buffers = [
+            (module, name, buffer.detach())
+            for module in model.modules()
+            for name, buffer in module.named_buffers(recurse=False)
+            if buffer.numel() <= MOST and not isinstance(module, nn.modules.batchnorm._NormBase)
+        ]
+        # copies, which share memory where the buffers do: forward may write to them
+        copies = copy.deepcopy([buffer for _, _, buffer in buffers])
+        self._buffers = [(module, name, value) for (module, name, _), value in zip(buffers, copies, strict=True)]
         self._values: Any = WeakTensorKeyDictionary()
         self._spoilt: set[int] = set()  # memory that something unknown was written to
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
+        sized = func in _TAKES_SIZES
+        kwargs = {k: self._with_sizes(a, sized) for k, a in (kwargs or {}).items()}
+        args = tuple(self._with_sizes(self._as_number(a) if sized and i else a, sized) for i, a in enumerate(args))
         leaves = pytree.tree_leaves((args, kwargs))
         tensors = [x for x in leaves if isinstance(x, torch.Tensor)]
         if not tensors and func not in _MADE_OF_NUMBERS:
@@ -43,7 +65,7 @@ class KnownValues(TorchFunctionMode):
                 self._spoilt.update(_memory(self._values[t]) for t in tensors if t in self._values)
             return func(*args, **kwargs)
         known = self._compute(func, args, kwargs)
-        if tensors and known is not None and not any(isinstance(x, torch.Tensor) for x in pytree.tree_leaves(known)):
+        if known is not None and getattr(func, "__name__", "") in _READS:
             return known
         traced = func(*args, **kwargs)
         for a, b in zip(pytree.tree_leaves(traced), pytree.tree_leaves(known), strict=False):
@@ -51,22 +73,43 @@ class KnownValues(TorchFunctionMode):
                 self._values[a] = b
         return traced
 
+    def _with_sizes(self, arg: Any, sizes: bool) -> Any:
+        """A list of sizes with known integers as numbers: ``(0, known)`` in ``F.pad(x, (0, known))``."""
+        if not isinstance(arg, (list, tuple)):
+            return arg
+        sizes = sizes or any(isinstance(a, (int, torch.SymInt)) for a in arg)
+        return tuple(self._as_number(a) for a in arg) if sizes else arg
+
+    def _as_number(self, arg: Any) -> Any:
+        return self._values[arg].item() if isinstance(arg, torch.Tensor) and self._is_integer(arg) else arg
+
+    def _is_integer(self, tensor: torch.Tensor) -> bool:
+        return tensor.dim() == 0 and tensor.dtype in (torch.int32, torch.int64) and self._is_known(tensor)
+
     def _is_known(self, tensor: torch.Tensor) -> bool:
+        if tensor not in self._values:
+            for module, name, value in self._buffers:  # while tracing, buffers are replaced in place
+                if module._buffers.get(name) is tensor:
+                    self._values[tensor] = value
         return tensor in self._values and _memory(self._values[tensor]) not in self._spoilt
 
     def _compute(self, func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """The call on values; None if it fails there or draws random numbers."""
         args, kwargs = pytree.tree_map_only(torch.Tensor, lambda t: self._values[t], (args, kwargs))
-        with _disable_current_modes(), torch._C.DisableTorchFunction():
-            before = torch.get_rng_state()
+        with _disable_current_modes(), torch._C.DisableTorchFunction(), _NothingRandom():  # type: ignore[no-untyped-call]
             try:
-                result = func(*args, **kwargs)
+                return func(*args, **kwargs)
             except Exception:
                 return None
-            if torch.equal(before, torch.get_rng_state()):
-                return result
-            torch.set_rng_state(before)
-            return None
+
+
+class _NothingRandom(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Raises where random numbers would be drawn."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if torch.Tag.nondeterministic_seeded in func.tags:
+            raise RuntimeError("random numbers are not known")
+        return func(*args, **(kwargs or {}))
 
 
 def _writes(func: Any, kwargs: dict[str, Any]) -> bool:

@@ -173,3 +173,58 @@ def test_tracing_that_fails_says_nothing_but_its_error(capfd) -> None:
     with pytest.raises(cofx.CaptureError):
         cofx.compile(Of(lambda m, x: x if x.sum() > 0 else -x), X)
     assert capfd.readouterr().err == ""
+
+
+def test_a_stride_that_is_kept_as_a_buffer_is_known() -> None:
+    """The number of frames to pad with is computed from it (transformers' Encodec and Mimi)."""
+
+    class Padded(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv1d(3, 3, 5, 2)
+            self.register_buffer("stride", torch.tensor(2))
+            self.register_buffer("more", torch.tensor(3))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            frames = torch.ceil((x.shape[2] - 5 + self.more) / self.stride).to(torch.int64)
+            extra = frames * self.stride + 5 - self.more - x.shape[2]
+            left, right = self.more, extra
+            return self.conv(F.pad(x, (left, right)))
+
+    step = cofx.compile(Padded(), X[:, :, :16])
+    assert step.equivalence == "stream" and step.verify(X).exact
+
+
+def test_a_mask_made_of_lengths_of_a_batch_is_right_at_other_batch_sizes() -> None:
+    def forward(m: nn.Module, x: torch.Tensor) -> torch.Tensor:
+        lengths = torch.ones(x.shape[0]) * x.shape[2]
+        mask = torch.arange(x.shape[2]).expand(len(lengths), x.shape[2]) < lengths[:, None]
+        return m.conv(x) * mask[:, None]
+
+    model = Of(forward, conv=nn.Conv1d(3, 3, 3, padding=1))
+    for batch in (1, 3):
+        assert cofx.compile(model, X.expand(batch, -1, -1)).verify(X.expand(batch, -1, -1)).exact
+
+
+def test_a_branch_on_a_flag_that_is_kept_as_a_buffer_is_taken() -> None:
+    """Quantizers ask ``if self.initialised``; vocoders assert that their windows overlap."""
+
+    class Flagged(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("ready", torch.tensor([1.0]))
+            self.register_buffer("window", torch.hann_window(8) + 0.1)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            assert (self.window.square() > 1e-3).all()
+            return x * self.window.sum() if self.ready else x
+
+    assert cofx.compile(Flagged(), X).verify(X).exact
+
+
+def test_a_forward_that_takes_further_arguments_is_given_none() -> None:
+    class Open(nn.Module):
+        def forward(self, x: torch.Tensor, *more: torch.Tensor, **options: object) -> torch.Tensor:
+            return x + len(more)
+
+    assert cofx.compile(Open(), X).verify(X).exact

@@ -18,6 +18,7 @@ from . import (
     reduction,
     shape,
     slicing,
+    spectral,
 )
 
 FAMILIES = (
@@ -38,5 +39,6 @@ FAMILIES = (
     reduction,
     shape,
     slicing,
+    spectral,
 )
 __all__ = ["FAMILIES"]

@@ -21,7 +21,7 @@ def broadcast(call: Call) -> tuple[list[fx.Node], list[Value], Layout]:
     """
     tensors = [n for n in call.node.all_input_nodes if isinstance(n.meta.get("val"), torch.Tensor)]
     streams = {n: call.facts[n] for n in tensors if isinstance(call.facts[n], Value)}
-    if len({v.layout for v in streams.values()} | {v.lengths for v in streams.values()}) > 2:
+    if len({(len(v.layout) - v.layout.time, v.layout[v.layout.time], v.lengths) for v in streams.values()}) > 1:
         streams = {n: v if v.layout.clean else call.ungroup(v) for n, v in streams.items()}
     rank = max(len(n.meta["val"].shape) for n in tensors)
     axes = {rank - len(v.layout) + v.layout.time for v in streams.values()}
@@ -63,6 +63,17 @@ def pointwise(call: Call) -> Fact:
     return values_made if several else values_made[0]
 
 
+@rule(*overloads("broadcast_tensors.default"))
+def broadcast_tensors(call: Call) -> Fact:
+    """All of them with the same shape."""
+    nodes, values, layout = broadcast(call)
+    call.require(len({(v.rate, v.lengths) for v in values}) == 1, "its arguments have different lengths in time")
+    several = len(call.node.meta["val"])
+    return call.emit_several(
+        [layout] * several, [read(v) for v in values], lower=lower_call, length_of=[values[0]], nodes=nodes
+    )
+
+
 # pointwise in what they do, but not tagged so
 rule(
     *overloads(
@@ -75,7 +86,7 @@ rule(
         "clamp.default clamp.Tensor clamp_min.default clamp_max.default clip.default nan_to_num.default "
         "true_divide.Tensor floor_divide.default floor_divide.Scalar remainder.Tensor fmod.Tensor "
         "logaddexp.default square.default isnan.default isinf.default isfinite.default positive.default "
-        "rsub.Scalar rsub.Tensor float_power.Tensor_Scalar view_as_real.default heaviside.default "
+        "rsub.Scalar rsub.Tensor float_power.Tensor_Scalar heaviside.default polar.default complex.default "
         "fake_quantize_per_tensor_affine.default gt.Tensor rrelu_with_noise_functional.default "
         "__and__.Tensor __or__.Tensor __xor__.Tensor __and__.Scalar __or__.Scalar bernoulli.p "
         "divide.Tensor divide.Scalar multiply.Tensor subtract.Tensor subtract.Scalar greater.Tensor less.Tensor"
@@ -127,6 +138,21 @@ note(
     hands_on=True,
 )
 
+
+class _Quantizer(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.codes = nn.Parameter(torch.randn(5, 3))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(batch, channels, time) to the nearest codes, found with batch and time in one dimension."""
+        flat = x.transpose(1, 2).reshape(-1, 3)
+        far = flat.pow(2).sum(1, keepdim=True) - 2 * flat @ self.codes.t() + self.codes.pow(2).sum(1)
+        nearest = torch.embedding(self.codes, far.argmin(1)).view(x.shape[0], -1, 3).transpose(1, 2)
+        return torch.stack(torch.broadcast_tensors(nearest, x[:, :1])).sum(0)  # type: ignore[no-untyped-call]
+
+
 SAMPLES = [
+    Sample("quantizer", _Quantizer, (2, 3, 9)),
     Sample("activations", lambda: nn.Sequential(nn.GELU(), nn.PReLU(4), nn.Softmax(1), nn.GLU(1)), (2, 4, 9)),
 ]

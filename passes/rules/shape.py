@@ -8,7 +8,7 @@ import torch
 from torch import fx, nn
 
 from ..errors import NonLocal
-from ..layout import TIME, Dim, Grouped, Layout, Sizes, Unshapeable, dim, from_sizes, reshape
+from ..layout import BATCH, TIME, Dim, Grouped, Layout, Sizes, Unshapeable, dim, from_sizes, reshape
 from ..registry import Call, Fact, Sample, overloads, rule
 from ..schedule import Taps
 from ..stream_graph import Length, Op, Value, read
@@ -122,8 +122,8 @@ def _along_time(call: Call) -> Fact:
     """Something without time, repeated to the clip's length: the same frame at every index."""
     node = call.samples[0]["self"]
     sizes = call.out_sizes
-    axis, like, length = _moving(call, node)
-    layout = Layout(tuple((TIME,) if i == axis else _static(call, s) for i, s in enumerate(sizes)))
+    axis, like, length, along = _moving(call, node)
+    layout = Layout(tuple(along if i == axis else _static(call, s) for i, s in enumerate(sizes)))
     return call.emit(
         layout,
         [],
@@ -134,8 +134,21 @@ def _along_time(call: Call) -> Fact:
     )
 
 
-def _moving(call: Call, node: fx.Node) -> tuple[int, Value, Length]:
-    """The dimension of the result, of size 1 before, that follows the clip's length, and how it does."""
+def _folded(call: Call, wanted: Sizes) -> tuple[Value, Length, Dim] | None:
+    """A dimension of these sizes that holds time and more, like that of a class token for each of B*T frames."""
+    for value in reversed(call.graph.values):
+        if len(value.layout[value.layout.time]) > 1:
+            shapes = (value.layout.sizes(b, n) for b, n in zip(call.graph.batch, value.lengths, strict=True))
+            if tuple(s[value.layout.time] for s in shapes) == tuple(wanted):
+                return value, lambda n: n, value.layout[value.layout.time]
+    if len(set(call.graph.batch)) > 1 and not any(w % b for w, b in zip(wanted, call.graph.batch, strict=True)):
+        frames = tuple(w // b for w, b in zip(wanted, call.graph.batch, strict=True))
+        return (*call.length_like(frames), (BATCH, TIME))
+    return None
+
+
+def _moving(call: Call, node: fx.Node) -> tuple[int, Value, Length, Dim]:
+    """The dimension of the result, of size 1 before, that follows the clip's length, how it does, and its factors."""
     sizes, rank = call.out_sizes, len(node.meta["val"].shape)
     moving = [i for i, s in enumerate(sizes) if len({n for n, b in zip(s, call.graph.batch, strict=True)
                                                       if b == call.graph.batch[0]}) > 1]  # fmt: skip
@@ -144,8 +157,8 @@ def _moving(call: Call, node: fx.Node) -> tuple[int, Value, Length]:
     call.require(
         axis < len(sizes) - rank or node.meta["val"].shape[axis - len(sizes) + rank] == 1, "a second time axis"
     )
-    like, length = call.length_like(sizes[axis])
-    return axis, like, length
+    like, length, along = _folded(call, sizes[axis]) or (*call.length_like(sizes[axis]), (TIME,))
+    return axis, like, length, along
 
 
 def _repeated_along_time(call: Call) -> Fact:
@@ -153,11 +166,11 @@ def _repeated_along_time(call: Call) -> Fact:
     node = call.samples[0]["self"]
     name = "repeats" if "repeats" in call.samples[0] else "dims"
     times = list(zip(*call.sampled(name), strict=True))
-    axis, like, length = _moving(call, node)
+    axis, like, length, along = _moving(call, node)
     own = [1] * (len(times) - len(node.meta["sizes"][0])) + list(node.meta["sizes"][0])
     wide = [i == axis or len(set(t)) > 1 for i, t in enumerate(times)]  # by the length, or by the batch size
     call.require(all(n == 1 for n, w in zip(own, wide, strict=True) if w), "more than one entry is repeated")
-    layout = Layout(tuple((TIME,) if i == axis else _static(call, s) for i, s in enumerate(call.out_sizes)))
+    layout = Layout(tuple(along if i == axis else _static(call, s) for i, s in enumerate(call.out_sizes)))
     once = [1 if w else t[0] for t, w in zip(times, wide, strict=True)]
 
     def lower(b: Any, op: Op, windows: list[Any], span: range, _: Any) -> Any:
@@ -250,8 +263,21 @@ def pixel_shuffle(call: Call) -> Fact:
     return call.framewise(Layout(tuple(dims)))
 
 
+class _Tokens(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.token = nn.Parameter(torch.randn(1, 1, 3))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(batch, time, patches, 3): a token before the patches of every frame, all frames in one dimension."""
+        batch, time, patches, width = x.shape
+        rows = torch.cat([self.token.expand(batch * time, -1, -1), x.reshape(batch * time, patches, width)], 1)
+        return rows.softmax(1)[:, 0].reshape(batch, time, width)
+
+
 SAMPLES = [
     Sample("repeated_condition", lambda: _Repeated(), (2, 4, 9)),
+    Sample("tokens", _Tokens, (2, 9, 4, 3), 1),
     Sample("unflatten", lambda: nn.Unflatten(1, (2, 2)), (2, 4, 9), output_time_dim=3),
     Sample("fold_and_back", lambda: _Fold(), (2, 4, 9, 3)),
     Sample("pairs_of_frames", lambda: _Pairs(), (2, 3, 8), multiple=2, length=22),

@@ -49,7 +49,7 @@ SAMPLES = [
         (1, 2, 7, 4, 4),
     ),
     # torch traces its output size as a number: it pools to the traced length, so it is a clip of that length
-    pool("adaptive_max_height", lambda: nn.AdaptiveMaxPool2d((None, 2)), (1, 2, 9, 5), kind="clip"),
+    pool("adaptive_max_height", lambda: nn.AdaptiveMaxPool2d((None, 2)), (1, 2, 9, 5)),
     pool("minimum", lambda: Net(lambda m, x: -F.max_pool1d(-x, 4, 1, 2))),
     pool("causal_maximum", lambda: Net(lambda m, x: F.max_pool1d(F.pad(x, (4, 0), value=-torch.inf), 5, 1))),
     pool("high_pass", lambda: Net(lambda m, x: x - F.avg_pool1d(x, 5, 1, 2))),
