@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -37,6 +38,7 @@ class Compiled:
         self.clips = [(c.first, c.every) for op in plan.schedule.graph.ops if (c := op.clip) is not None]
         self.unrolled = any(op.unrolled for op in plan.schedule.graph.ops)
         self._seen = self._fingerprint()
+        self._stale = False
         before = plan.schedule.counts(0)
         self.early = any(before[v] > 0 for op in plan.schedule.graph.ops for v in op.outputs)
         self.masks = plan.schedule.settled > 0 or any(
@@ -65,6 +67,18 @@ class Compiled:
             self.plan.constants.renew(now)
             self.programs.clear()
             self.spec = InputSpec.of(self.plan)
+        self._stale = False
+
+    def _notice(self) -> None:
+        """Warn, once, if parameters have changed from which a running program has folded constants."""
+        folded = self.plan.constants.folded
+        if not self._stale and any(t._version != version for t, version in folded.values()):
+            self._stale = True
+            warnings.warn(
+                "parameters have changed from which constants were computed: this stream goes on with the old ones "
+                "until clean_state(), or refresh() takes the new ones up now",
+                stacklevel=4,
+            )
 
     def capacity(self, ticks: int) -> int:
         """Ticks for which there is room in the state after so many: 0 if it does not grow, else in steps of a half."""
@@ -94,6 +108,7 @@ class Compiled:
 
         `length`: the stream's length in ticks, if it has ended.
         """
+        self._notice()
         self._within_tables(state.count + ticks if length is None else length)
         parts: list[list[torch.Tensor]] = [[] for _ in self.plan.outputs]
         done = 0

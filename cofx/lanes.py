@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+import json
 from collections.abc import Callable, Mapping, Sequence
 from fractions import Fraction
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -12,9 +15,12 @@ from torch.utils import _pytree as pytree
 
 from . import __version__
 from .compiled import Compiled
+from .passes.codegen.graph_module import FOREVER
 from .passes.codegen.lanes import (
     POSITION,
     LaneProgram,
+    flush_calls,
+    from_lanes_first,
     generate_lanes,
     lane_schedule,
     lane_state_specs,
@@ -25,8 +31,9 @@ from .passes.codegen.lanes import (
 from .passes.errors import user_frame
 from .runtime.errors import InputError, LaneError
 from .runtime.lane_layout import LaneAxes, LaneLayout
-from .runtime.lane_state import LaneState, check_lanes, fresh
-from .runtime.state import StreamState
+from .runtime.lane_state import LaneState, check_lanes, fresh, put_lanes
+from .runtime.program import StateSpec
+from .runtime.state import StreamState, grow
 
 WHOLE = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 CONTROLS = {"start": torch.bool, "ready": torch.bool, "length": torch.int64}
@@ -43,19 +50,40 @@ class Lanes:
         self.schedule = lane_schedule(self.plan)
         self.specs = lane_state_specs(self.schedule)
         self.batchless = all(b is None for b in self.plan.clock.batch_dims)
-        self.programs: dict[tuple[int, bool, bool], LaneProgram] = {}
+        self.programs: dict[tuple[int, bool, bool, int], LaneProgram] = {}
+        self.grows = bool(self.schedule.growing)
+        self.tails: dict[int, int] = {}  # for ticks per call, those that a stream may take after its end
 
-    def program(self, ticks: int, frames: bool) -> LaneProgram:
+    def program(self, ticks: int, frames: bool, capacity: int = 0) -> LaneProgram:
         """The program for so many ticks, generated when first asked for."""
         trains = torch.is_grad_enabled() and any(p.requires_grad for p in self.compiled.model.parameters())
-        key = (ticks, frames, not trains)
+        capacity = max(capacity, self.compiled.capacity(0))
+        key = (ticks, frames, not trains, capacity)
         if key not in self.programs:
-            self.programs[key] = generate_lanes(self.plan, ticks, self.spec.device, frames=frames, folded=not trains)
+            self.programs[key] = generate_lanes(
+                self.plan, ticks, self.spec.device, frames=frames, folded=not trains, capacity=capacity
+            )
         return self.programs[key]
 
-    def fresh(self, lanes: int) -> LaneState:
-        """Lanes of which none has begun."""
-        return fresh(self.specs, lanes, self.spec.device)
+    def specs_for(self, state: LaneState) -> list[StateSpec]:
+        """What is kept of these lanes."""
+        return lane_state_specs(self.schedule, state.capacity) if self.grows else self.specs
+
+    def fresh(self, lanes: int, capacity: int = 0) -> LaneState:
+        """Lanes of which none has begun, with room for so many ticks where all of a stream is kept."""
+        capacity = max(capacity, self.compiled.capacity(0))
+        return LaneState(fresh(lane_state_specs(self.schedule, capacity), lanes, self.spec.device), capacity)
+
+    def grown(self, state: LaneState, capacity: int) -> LaneState:
+        """Lanes with room for so many ticks at least, where all of a stream is kept."""
+        if capacity <= state.capacity:
+            return state
+        return LaneState(grow(state.tensors, lane_state_specs(self.schedule, capacity)), capacity)
+
+    def put(self, state: LaneState, other: LaneState, lanes: Any) -> LaneState:
+        """The state with some lanes replaced by those of another."""
+        capacity = max(state.capacity, other.capacity)
+        return put_lanes(self.grown(state, capacity), self.grown(other, capacity), lanes)
 
     def call(
         self, state: LaneState, inputs: Sequence[torch.Tensor], frames: bool, controls: Mapping[str, Any]
@@ -76,14 +104,17 @@ class Lanes:
         start, ready, length = self._controls(controls, state.lanes)
         if self.compiled.tables:
             self._within_tables(state, ticks, start, ready, length)
-        program = self.program(ticks, frames)
+        capacity = self._capacity(state, ticks, start, ready, length) if self.grows else 0
+        if self.grows:
+            state = self.grown(state, capacity)
+        program = self.program(ticks, frames, capacity)
         given = [x.unsqueeze(0) for x in inputs] if self.batchless else list(inputs)
         results, valid, tensors = program.module(*given, start, ready, length, *state.tensors)
         leaves = []
         for leaf, out, tensor in zip(self.plan.outputs, program.outputs, results, strict=True):
             leaves.append(tensor.squeeze(0) if self.batchless and out.batch is not None and leaf.value else tensor)
         y = self.compiled.pack(leaves, stacked=not frames)
-        return y, pytree.tree_unflatten(list(valid), self.plan.out_spec), LaneState(tuple(tensors))
+        return y, pytree.tree_unflatten(list(valid), self.plan.out_spec), LaneState(tuple(tensors), capacity)
 
     def _controls(self, given: Mapping[str, Any], lanes: int) -> list[torch.Tensor]:
         """start, ready and length, each of shape (lanes, 1)."""
@@ -103,6 +134,19 @@ class Lanes:
                 )
             out.append(t.reshape(lanes, 1).to(dtype))
         return out
+
+    def _capacity(
+        self, state: LaneState, ticks: int, start: torch.Tensor, ready: torch.Tensor, length: torch.Tensor
+    ) -> int:
+        """Ticks for which all lanes together have room after this call, no less than before it."""
+        before = torch.where(start, 0, state.tensors[0])
+        end = torch.where(before[:, 1:] > 0, before[:, 1:] - 1, torch.where(length >= 0, length, FOREVER))
+        if ticks not in self.tails:
+            self.tails[ticks] = (1 + flush_calls(self.schedule, self.plan.outputs, ticks)) * ticks
+        last = end + self.tails[ticks]  # no call after that matters
+        wanted = torch.minimum(before[:, :1] + ticks, last)
+        most = int(torch.where(ready, wanted, 0).max())
+        return max(state.capacity, self.compiled.capacity(most))
 
     def _within_tables(
         self, state: LaneState, ticks: int, start: torch.Tensor, ready: torch.Tensor, length: torch.Tensor
@@ -134,7 +178,7 @@ class Lanes:
             numbers = ("delay", "receptive_field", "stride", "padding")
             known = {n: _plain(getattr(timing, n)) if timing else 0 for n in numbers}
             outputs.append({**known, "equivalence": leaf.equivalence})
-        return {"version": __version__, **outputs[0], "outputs": outputs}
+        return {"version": __version__, "fingerprint": self.fingerprint, **outputs[0], "outputs": outputs}
 
     def layout(self, ticks: int, call: Callable[..., Any]) -> LaneLayout:
         """How the arrays of ``forward_steps`` look, for `LanePool`."""
@@ -175,13 +219,40 @@ class Lanes:
         if state.count % self.schedule.period:
             s = self.schedule.period
             raise InputError(f"a stream can go on in a lane after a multiple of {s} frames, not after {state.count}")
+        capacity = self.compiled.capacity(state.count)
         position = torch.zeros(lanes, 2, dtype=torch.int64, device=self.spec.device)
         position[:, 0] = state.count
         kept = [
             to_lanes_first(t, layout, lanes).contiguous()
-            for t, layout in zip(state.tensors, state_layouts(self.schedule), strict=True)
+            for t, layout in zip(state.tensors, state_layouts(self.schedule, capacity), strict=True)
         ]
-        return LaneState((position, *kept))
+        return LaneState((position, *kept), capacity)
+
+    def to_stream(self, state: LaneState) -> StreamState:
+        """The inverse of `from_stream`, for lanes that stand together."""
+        position, *kept = state.tensors
+        count = int(position[0, 0]) if len(position) else 0
+        tensors = []
+        layouts = state_layouts(self.schedule, state.capacity)
+        for t, layout, spec in zip(kept, layouts, self.compiled.specs_after(count), strict=True):
+            plain = from_lanes_first(t, layout)
+            if spec.grows is not None:  # what is kept stands at the end
+                frames = spec.dims[spec.grows][1]
+                plain = plain.narrow(spec.grows, plain.shape[spec.grows] - frames, frames)
+            tensors.append(plain.contiguous())
+        return StreamState(count, tuple(tensors), None if self.batchless else state.lanes)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """What a state depends on: the ops, the parameters, and what is kept."""
+        digest = hashlib.sha256()
+        ops = [str(n.target) for n in self.plan.graph.nodes if n.op == "call_function"]
+        digest.update(json.dumps([ops, [(s.name, s.dims, str(s.dtype)) for s in self.specs]]).encode())
+        for name, tensor in sorted(self.plan.constants.tensors.items()):
+            flat = tensor.detach().cpu().contiguous().flatten()
+            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+            digest.update(flat.view(torch.uint8).numpy().tobytes() if flat.numel() else b"")
+        return digest.hexdigest()
 
     def restore(self, snap: dict[str, torch.Tensor]) -> LaneState:
         """The state of a snapshot.
@@ -189,7 +260,17 @@ class Lanes:
         Raises:
             StateError: it is of another model.
         """
-        return check_lanes(snap, self.specs, self.schedule.period, self.spec.device)
+        capacity = self.compiled.capacity(0)
+        while self.grows and any(
+            isinstance(t := snap.get(spec.name), torch.Tensor)
+            and spec.grows is not None
+            and t.dim() > spec.grows
+            and t.shape[spec.grows] > spec.dims[spec.grows][1]
+            for spec in lane_state_specs(self.schedule, capacity)
+        ):
+            capacity = self.compiled.capacity(capacity + 1)
+        specs = lane_state_specs(self.schedule, capacity)
+        return check_lanes(snap, specs, self.schedule.period, self.spec.device, capacity)
 
 
 def _plain(number: float | int | Fraction) -> int | str:

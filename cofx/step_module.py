@@ -26,8 +26,9 @@ from .passes.pipeline import Leaf, Plan, compile_plan
 from .report import Report, report
 from .runtime.errors import InputError, StateError
 from .runtime.lane_layout import LaneLayout
-from .runtime.lane_state import LaneState, lane_indices, put_lanes, take_lanes
+from .runtime.lane_state import LaneState, lane_indices, take_lanes
 from .runtime.state import StreamState, restore, snapshot
+from .runtime.state_file import HELD, read_state, write_state
 from .verification import Verification, verify
 
 MODES = ("forward", "forward_step", "forward_steps")
@@ -428,7 +429,7 @@ class StepModule(nn.Module):
             running = self._as_lanes()
             if running is not None:
                 blank = self._programs().fresh(lane_indices(lanes, running.lanes).numel())
-                self._state, self._lanes = StreamState(), put_lanes(running, blank, lanes)
+                self._state, self._lanes = StreamState(), self._programs().put(running, blank, lanes)
             return
         self.refresh()
         self._state, self._lanes = StreamState(), None
@@ -455,7 +456,7 @@ class StepModule(nn.Module):
         running = self._as_lanes()
         if running is None:
             raise InputError("there are no lanes before the first call")
-        return take_lanes(running, self._programs().specs, lanes)
+        return take_lanes(running, self._programs().specs_for(running), lanes)
 
     def set_state(self, state: Mapping[str, torch.Tensor], lanes: Any = None) -> None:
         """Go on from a snapshot.
@@ -480,8 +481,44 @@ class StepModule(nn.Module):
             running = self._as_lanes()
             if running is None:
                 raise StateError("there are no lanes yet: set_state(state) without lanes, or make a first call")
-            other = put_lanes(running, other, lanes)
+            other = self._programs().put(running, other, lanes)
         self._state, self._lanes = StreamState(), other
+
+    def save_state(self, path: str | os.PathLike[str]) -> None:
+        """Write a snapshot of the stream or of all lanes to a file (safetensors), all at once or not at all.
+
+        It can be loaded by this model in another process, and by `OnnxStep` of its file.
+        """
+        programs = self._programs()
+        about: dict[str, Any] = {"fingerprint": programs.fingerprint, "form": "lanes", "together": self._lanes is None}
+        try:
+            running = self._as_lanes()
+        except InputError:  # at a place where no lane can stand
+            running = None
+        if running is None:
+            about["form"] = "stream"
+            tensors = snapshot(self._state, self.compiled.specs_after(self._state.count))
+        else:
+            tensors = take_lanes(running, programs.specs_for(running))
+        tensors |= {f"{HELD}{i}": x for i, x in enumerate(self._held)}
+        write_state(path, {k: t.detach().cpu().contiguous() for k, t in tensors.items()}, about, "torch")
+
+    def load_state(self, path: str | os.PathLike[str]) -> None:
+        """Go on from a snapshot in a file; see `save_state`.
+
+        Raises:
+            StateError: it is no snapshot, or one of another model or of other parameters; nothing has changed.
+        """
+        programs = self._programs()
+        tensors, about = read_state(path, programs.fingerprint, "torch")
+        held = [tensors.pop(k) for k in sorted(tensors) if k.startswith(HELD)]
+        if about.get("form") != "lanes":
+            self.set_state(tensors)
+        elif about.get("together"):
+            self._state, self._lanes = programs.to_stream(programs.restore(tensors)), None
+        else:
+            self.set_state(tensors)
+        self._held = tuple(x.to(self.compiled.spec.device) for x in held)
 
     def __getstate__(self) -> dict[str, Any]:
         """What `pickle` and `copy.deepcopy` take: the model, how it was compiled, and a snapshot of the stream."""
@@ -526,6 +563,7 @@ class StepModule(nn.Module):
         dynamic_batch: bool = True,
         opset: int | None = None,
         controls: bool = True,
+        longest: int | None = None,
     ) -> None:
         """Write the step model as an ONNX file that is right from the first frame in any runtime.
 
@@ -541,6 +579,8 @@ class StepModule(nn.Module):
             opset: version of the operator set, 18 (the default) or later.
             controls: False leaves out start, ready and length, for the barest graph: all lanes begin with states of
                 zeros, and none ends.
+            longest: frames of the longest stream, for a model that keeps all of a stream (attention over all frames so
+                far); no output is valid beyond it. Default four clips.
 
         Raises:
             OnnxError: an op has no ONNX form; the message names it. No file is left behind.
@@ -562,6 +602,7 @@ class StepModule(nn.Module):
             dynamic_batch=dynamic_batch,
             opset=opset,
             controls=controls,
+            capacity=(longest or 4 * self._ticks) if programs.grows else 0,
         )
 
     def report(self) -> Report:

@@ -14,6 +14,7 @@ from typing import Any
 
 from torch import fx
 
+from .codegen.clips import evaluate_clip
 from .layout import TIME, Layout
 from .propagate_facts import Facts
 from .registry import InClip, Static, Tail
@@ -188,4 +189,4 @@ def _time_axis(facts: Facts, leaf: fx.Node) -> int | None:
 
 
 def _lower(b: Any, op: Op, windows: list[Any], span: range, _: Any) -> Any:
-    return b.evaluate_clip(op, windows, span)
+    return evaluate_clip(b, op, windows, span)

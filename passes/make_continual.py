@@ -20,10 +20,10 @@ from torch.utils import _pytree as pytree
 from .canonicalize import bind, canonicalize
 from .capture import Capture, Clock, capture
 from .codegen.graph_module import Constants
-from .errors import module_path, user_frame
-from .pipeline import not_constant, tensors
+from .errors import NonLocalError, Refusal, module_path, user_frame
+from .pipeline import ends, not_constant, tensors
 from .propagate_facts import Facts, PerFrame, propagate_facts
-from .registry import Call
+from .registry import Call, InClip
 from .stream_graph import Value
 from .trailing import FORMS, STREAMS, from_frames, per_frame, present, to_frames, trailing
 
@@ -72,6 +72,7 @@ def make_continual(
 
     Raises:
         CaptureError: the model cannot be traced.
+        RefusedError: it holds ops that are to be refused.
     """
     captured = capture(model, example, clock, ticks, batch)
     graph = canonicalize(captured)
@@ -79,6 +80,11 @@ def make_continual(
     facts = propagate_facts(
         graph, captured, clock, Constants(given, not_constant(graph, captured)), trail=_Trail(choose)
     )
+    ended = [n for n in ends(facts) if type(facts.of[n]) is InClip]
+    refused = [n for n in ended if choose(module_path(n), str(n.target)) == "refuse"]
+    if refused:
+        hint = "nonlocal_ops='recompute' or 'continual' takes it; or keep it out of the compiled model"
+        raise NonLocalError([Refusal(facts.of[n].reason, n, hint) for n in refused])
     wanted = _wanted(facts)
     if not wanted:
         return None

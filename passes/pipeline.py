@@ -316,7 +316,7 @@ def _check(
     if refusals:
         raise RefusedError(refusals)
     asked = [c for v in values if (c := clip_of(v)) is not None and c.equivalence != "prefix"]
-    named = [n for n in _ends(facts) if any(n in c.nodes for c in asked) and choose and _choice(choose, n) == "refuse"]
+    named = [n for n in ends(facts) if any(n in c.nodes for c in asked) and choose and _choice(choose, n) == "refuse"]
     if named:
         hint = "nonlocal_ops='recompute' or 'continual' takes it; or keep it out of the compiled model"
         raise NonLocalError([Refusal(facts.of[n].reason, n, hint) for n in named])
@@ -325,7 +325,7 @@ def _check(
         got = clip.equivalence if clip else "stream"
         if equivalence in (None, got) or (equivalence == "first-clip" and got == "clip"):
             continue
-        ended = _ends(facts)
+        ended = ends(facts)
         unasked = f"equivalence '{equivalence}' was asked for, but this output is a '{got}'"
         hint = "equivalence='clip' gives model(last clip) at every step, recomputed; None gives the best there is"
         if equivalence == "clip":
@@ -333,7 +333,7 @@ def _check(
         raise NonLocalError([Refusal(getattr(facts.of[n], "reason", unasked), n, hint) for n in ended or leaves[:1]])
 
 
-def _ends(facts: Facts) -> list[fx.Node]:
+def ends(facts: Facts) -> list[fx.Node]:
     """The ops that ended a stream."""
     return [
         n

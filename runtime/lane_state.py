@@ -16,10 +16,12 @@ from .program import StateSpec
 class LaneState:
     """Where each lane is: its position (ticks taken, and the length + 1 once known), and what is kept of it.
 
-    Lanes come first in every tensor. Zeros are a lane that has not begun.
+    Lanes come first in every tensor. Zeros are a lane that has not begun. `capacity`: ticks for which there is room,
+    where all of a stream is kept.
     """
 
     tensors: tuple[torch.Tensor, ...]
+    capacity: int = 0
 
     @property
     def lanes(self) -> int:
@@ -27,9 +29,9 @@ class LaneState:
         return int(self.tensors[0].shape[0])
 
 
-def fresh(specs: Sequence[StateSpec], lanes: int, device: torch.device) -> LaneState:
-    """Lanes of which none has begun."""
-    return LaneState(tuple(torch.zeros(s.shape(lanes), dtype=s.dtype, device=device) for s in specs))
+def fresh(specs: Sequence[StateSpec], lanes: int, device: torch.device) -> tuple[torch.Tensor, ...]:
+    """The tensors of lanes of which none has begun."""
+    return tuple(torch.zeros(s.shape(lanes), dtype=s.dtype, device=device) for s in specs)
 
 
 def lane_indices(lanes: Any, total: int) -> torch.Tensor:
@@ -73,12 +75,13 @@ def put_lanes(state: LaneState, other: LaneState, lanes: Any) -> LaneState:
     if at.numel() != other.lanes:
         raise InputError(f"a state of {other.lanes} lanes for {at.numel()} lanes")
     return LaneState(
-        tuple(old.index_copy(0, at.to(old.device), new) for old, new in zip(state.tensors, other.tensors, strict=True))
+        tuple(old.index_copy(0, at.to(old.device), new) for old, new in zip(state.tensors, other.tensors, strict=True)),
+        state.capacity,
     )
 
 
 def check_lanes(
-    snap: dict[str, torch.Tensor], specs: Sequence[StateSpec], period: int, device: torch.device
+    snap: dict[str, torch.Tensor], specs: Sequence[StateSpec], period: int, device: torch.device, capacity: int = 0
 ) -> LaneState:
     """The state of a snapshot of lanes, copied.
 
@@ -104,4 +107,4 @@ def check_lanes(
     position = tensors[0]
     if count and (int(position.min()) < 0 or int((position[:, 0] % period).max())):
         raise StateError(f"a lane's position is not a number of frames that is a multiple of {period}")
-    return LaneState(tuple(tensors))
+    return LaneState(tuple(tensors), capacity)

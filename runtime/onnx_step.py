@@ -22,6 +22,7 @@ import onnxruntime as ort
 
 from .errors import InputError, LaneError, StateError
 from .lane_layout import LaneAxes, LaneLayout
+from .state_file import HELD, read_state, write_state
 
 FORMAT = 1
 POSITION = "position"
@@ -446,7 +447,7 @@ class OnnxStep:
         """Raise unless all lanes stand at the same place."""
         if self._buffers is not None:
             position = self._buffers.state[0]
-            if (position != position[:1]).any() or (position.shape[1] > 1 and position[:, 1].any()):
+            if (position != position[:1]).any() or position[:, 1].any():
                 raise InputError(
                     "the lanes of this batch go each by itself, so that frames may be valid for some of them only: "
                     "give start, ready or length (ready=[True, ...] takes them all; length ends a lane), or "
@@ -479,8 +480,7 @@ class OnnxStep:
         count = position[:, :1]
         told = given.get("length", np.full_like(count, -1))
         end = np.where(told >= 0, np.maximum(told, count), count + ticks)
-        if position.shape[1] > 1:
-            end = np.where(position[:, 1:] > 0, position[:, 1:] - 1, end)
+        end = np.where(position[:, 1:] > 0, position[:, 1:] - 1, end)
         over = (np.minimum(end, count + ticks) > limit) & given.get("ready", np.ones_like(count, bool))
         if over.any():
             raise LaneError(
@@ -558,6 +558,36 @@ class OnnxStep:
             raise InputError(f"a state of {count} lanes for {at.size} lanes")
         for mine, given in zip(self._buffers.state, arrays, strict=True):
             mine[at] = given
+
+    def save_state(self, path: str | os.PathLike[str]) -> None:
+        """Write a snapshot of all lanes to a file; see `StepModule.save_state`, whose model can load it."""
+        state = self.get_state()
+        together = not state or ((state[POSITION] == state[POSITION][:1]).all() and not state[POSITION][:, 1:].any())
+        about = {"fingerprint": self.meta["fingerprint"], "form": "lanes", "together": bool(together)}
+        if not state:
+            about["form"] = "stream"
+            state = {"count": np.zeros((), np.int64)}
+        state |= {f"{HELD}{i}": np.ascontiguousarray(x) for i, x in enumerate(self._held)}
+        write_state(path, state, about, "numpy")
+
+    def load_state(self, path: str | os.PathLike[str]) -> None:
+        """Go on from a snapshot in a file, written by this model or by the PyTorch step model that it was made from.
+
+        Raises:
+            StateError: it is no snapshot, or one of another model; nothing has changed.
+        """
+        state, about = read_state(path, self.meta["fingerprint"], "numpy")
+        held = [state.pop(k) for k in sorted(state) if k.startswith(HELD)]
+        if about.get("form") == "lanes":
+            self.set_state(state)
+        elif state.get("count", 1) == 0:
+            self.clean_state()
+        else:
+            raise StateError(
+                f"{os.fspath(path)} holds a stream that stands at a place where no lane can: save it after a multiple "
+                f"of {self.meta['period']} frames, begun with start, ready or length given"
+            )
+        self._held = held
 
     # -- what is known of it -----------------------------------------------------------------------------------------
 

@@ -9,7 +9,10 @@ import cofx
 from lane_streams import Batch, step_call
 from models import SAMPLES, Sample
 
-BATCHED = [s for s in SAMPLES if s.options.get("batch_dim", 0) is not None]
+BATCHED = [
+    pytest.param(s, id=s.name, marks=() if i % 6 == 0 else pytest.mark.slow)
+    for i, s in enumerate(s for s in SAMPLES if s.options.get("batch_dim", 0) is not None)
+]
 
 
 @pytest.fixture(autouse=True)
@@ -19,7 +22,7 @@ def no_grad():
         yield
 
 
-@pytest.mark.parametrize("sample", BATCHED, ids=lambda sample: sample.name)
+@pytest.mark.parametrize("sample", BATCHED)
 def test_each_lane_is_its_stream_run_alone(sample) -> None:
     batch = Batch(sample, lanes=4, seed=0)
     step = cofx.compile(
@@ -237,21 +240,21 @@ def test_a_table_that_runs_out() -> None:
     class Table(torch.nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.table = torch.nn.Parameter(torch.randn(3, 14))
+            self.table = torch.nn.Parameter(torch.randn(3, 40))
 
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             return x + self.table[:, : x.shape[2]]
 
     step = cofx.compile(Table(), X[:, :, :12])
-    fed(step, X[:, :, :14])
+    fed(step, X)
     step.clean_state([0])
     before = step.get_state()
-    with pytest.raises(cofx.InputError, match="lane 1: .*14 entries"):
-        step.forward_step(X[:, :, 14], ready=[True, True, False])
+    with pytest.raises(cofx.InputError, match="lane 1: .*40 entries"):
+        step.forward_step(X[:, :, 0], ready=[True, True, False])
     assert all(torch.equal(t, before[k]) for k, t in step.get_state().items())
-    _, valid = step.forward_step(X[:, :, 14], ready=[True, True, False], length=[-1, 14, -1])
+    _, valid = step.forward_step(X[:, :, 0], ready=[True, True, False], length=[-1, 40, -1])
     assert valid.tolist() == [True, False, False]
-    step.forward_step(X[:, :, 14], ready=[True] * 3, start=[False, True, True])
+    step.forward_step(X[:, :, 0], ready=[True] * 3, start=[False, True, True])
 
 
 def test_without_a_batch_dimension() -> None:

@@ -14,7 +14,10 @@ from lane_streams import Batch, Leaves
 from models import SAMPLES
 from streaming import TOLERANCES
 
-BATCHED = [s for s in SAMPLES if s.options.get("batch_dim", 0) is not None]
+BATCHED = [
+    pytest.param(s, id=s.name, marks=() if i % 16 == 0 else pytest.mark.slow)
+    for i, s in enumerate(s for s in SAMPLES if s.options.get("batch_dim", 0) is not None)
+]
 
 
 @pytest.fixture(autouse=True)
@@ -56,7 +59,7 @@ def onnx_call(step: OnnxStep, sample):
     return call
 
 
-@pytest.mark.parametrize("sample", BATCHED, ids=lambda sample: sample.name)
+@pytest.mark.parametrize("sample", BATCHED)
 def test_collection(sample, tmp_path) -> None:
     """Random lanes; then all lanes together, frame by frame and as one chunk with an end."""
     step = exported(sample, tmp_path / "step.onnx")

@@ -108,6 +108,7 @@ class Constants:
     def __init__(self, tensors: dict[str, torch.Tensor], batched: set[fx.Node]) -> None:
         self.tensors = tensors
         self.batched = batched
+        self.folded: dict[str, tuple[torch.Tensor, int]] = {}  # what was computed from, with its version then
         self._values: dict[fx.Node, Any] = {}
 
     def value(self, node: fx.Node) -> Any:
@@ -115,6 +116,10 @@ class Constants:
         if node not in self._values:
             if node.op == "get_attr":
                 return self.tensors[str(node.target)]
+            for n in node.all_input_nodes:
+                if n.op == "get_attr":
+                    tensor = self.tensors[str(n.target)]
+                    self.folded[str(n.target)] = tensor, tensor._version
             with torch.no_grad():
                 args, kwargs = map_arg((node.args, node.kwargs), self.value)
                 self._values[node] = node.target(*args, **kwargs)  # type: ignore[operator]
@@ -128,6 +133,7 @@ class Constants:
         """Forget what was computed: the parameters have changed."""
         self.tensors = tensors
         self._values.clear()
+        self.folded.clear()
 
 
 class Builder:
@@ -238,6 +244,14 @@ class Builder:
         if other is None or self.batch_input is None:
             return value
         return self._with_batch(value, samples[other].get(name), batch[0], batch[other])
+
+    def by_batch(self, seen: Sequence[int]) -> Any:
+        """A number that may follow the batch size, as it is seen at each sample point."""
+        batch = self.schedule.graph.batch
+        other = next((i for i, b in enumerate(batch) if b != batch[0]), None)
+        if other is None or self.batch_input is None or other >= len(seen):
+            return seen[0]
+        return self._with_batch(seen[0], seen[other], batch[0], batch[other])
 
     def _with_batch(self, here: Any, there: Any, b0: int, b1: int) -> Any:
         if isinstance(here, (list, tuple)):
@@ -665,44 +679,6 @@ class Builder:
         real = self.aten("ge.Scalar", self.index_range(op.outputs[0], range(j, j + 1)), 0)
         return [self.aten("where.self", real, a, b) for a, b in zip(after, before, strict=True)]
 
-    # -- clips -------------------------------------------------------------------------------------------------------
-
-    def evaluate_clip(self, op: Op, windows: list[Window], span: range) -> tuple[fx.Node, ...]:
-        """The clip's nodes on whole clips, once for each frame of `span`; results stacked in front."""
-        results: list[list[fx.Node]] = []
-        for j in span:
-            borders = []
-            for r, w in zip(op.reads, windows, strict=True):
-                value = r.source
-                low, high = r.taps.lo(j) - r.offset, r.taps.hi(j) + 1 - r.offset
-                node = self.split(w.node, value.layout, w.stop - w.start)
-                if (low, high) != (w.start, w.stop):
-                    node = self.narrow(node, value.layout.split().time, low - w.start, high - low)
-                borders.append(self.merge(node, value.layout, high - low))
-            results.append(self._clip_once(op, borders))
-        return tuple(
-            self.aten("unsqueeze.default", rows[0], 0) if len(rows) == 1 else self.aten("stack.default", list(rows))
-            for rows in zip(*results, strict=True)
-        )
-
-    def _clip_once(self, op: Op, borders: list[fx.Node]) -> list[fx.Node]:
-        clip = op.clip
-        assert clip is not None
-        env: dict[fx.Node, Any] = {}
-        for border, node in zip(clip.borders, borders, strict=True):
-            env[border.node] = self.aten("squeeze.dim", node, border.value.layout.time) if border.squeeze else node
-
-        def value_of(n: fx.Node) -> Any:
-            return env[n] if n in env else self.static(n)
-
-        for n in clip.nodes:
-            env[n] = self.copy(n, value_of)
-        out = []
-        for leaf, axis in zip(clip.leaves, clip.newest, strict=True):
-            node = value_of(leaf)
-            out.append(node if axis is None else self.aten("select.int", node, axis, -1))
-        return out
-
 
 class Index:
     """An integer inside a program, with the arithmetic that lengths are written in."""
@@ -854,6 +830,10 @@ def _validity(b: Builder, plan: Plan, spans: list[OutputSpan]) -> tuple[fx.Node 
             stop = b.index_range(value, range(b.after[value], b.after[value] + 1))
             ok = b.aten("le.Scalar", b.aten("minimum.default", stop, b.length(value)), op.limit)
             within = ok if within is None else b.aten("logical_and.default", within, ok)
+    if b.key.capacity and b.schedule.growing:
+        room = b.aten("le.Scalar", b.states["count"], b.key.capacity - b.key.ticks)
+        ok = b.aten("unsqueeze.default", room, 0)
+        within = ok if within is None else b.aten("logical_and.default", within, ok)
     exist: list[fx.Node | None] = []
     for leaf, span in zip(plan.outputs, spans, strict=True):
         if leaf.value is None:

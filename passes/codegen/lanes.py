@@ -52,6 +52,13 @@ POSITION = "position"
 _FACTORIES = {aten.new_full.default, aten.new_zeros.default, aten.new_ones.default, aten.new_empty.default}
 
 
+# tensors need not have the strides that were traced
+_RESHAPES: dict[Any, Any] = {aten.view.default: aten.reshape.default, aten._unsafe_view.default: aten.reshape.default}
+
+# what they are given broadcasts in all dimensions but the last two
+_BATCHED = {aten.scaled_dot_product_attention.default}
+
+
 class Ambiguous(Exception):
     """Where a tensor's lanes lie cannot be told; they are then put in front of everything."""
 
@@ -116,22 +123,23 @@ def lane_schedule(plan: Plan) -> Schedule:
     return schedule_delays(plan.schedule.graph, plan.schedule.outputs, waiting=True)
 
 
-def lane_state_specs(schedule: Schedule, controls: bool = True) -> list[StateSpec]:
+def lane_state_specs(schedule: Schedule, capacity: int = 0) -> list[StateSpec]:
     """What a lane program keeps: `state_specs` with lanes first, after the position."""
-    holds = "ticks so far, and the stream's length + 1 once it is known" if controls else "ticks so far"
-    specs = [StateSpec(POSITION, ((1, 0), (0, 2 if controls else 1)), torch.int64, holds)]
-    for spec, layout in zip(state_specs(schedule), state_layouts(schedule), strict=True):
+    holds = "ticks so far, and the stream's length + 1 once it is known"
+    specs = [StateSpec(POSITION, ((1, 0), (0, 2)), torch.int64, holds)]
+    for spec, layout in zip(state_specs(schedule, capacity), state_layouts(schedule, capacity), strict=True):
         sizes = [(0, s) for s in _lane_shape(layout)]
-        specs.append(StateSpec(spec.name, ((1, 0), *sizes), spec.dtype, spec.holds))
+        grows = None if spec.grows is None else spec.grows + 1 - any(d == (BATCH,) for d in layout.dims[: spec.grows])
+        specs.append(StateSpec(spec.name, ((1, 0), *sizes), spec.dtype, spec.holds, grows))
     return specs
 
 
-def state_layouts(schedule: Schedule) -> list[Layout]:
+def state_layouts(schedule: Schedule, capacity: int = 0) -> list[Layout]:
     """The layout of each state, time as the number of frames that it has."""
     layouts = []
-    for value, frames in schedule.history.items():
+    for value in schedule.history:
         split = value.layout.split()
-        layouts.append(split.replace(split.time, (frames,)))
+        layouts.append(split.replace(split.time, (schedule.kept(value, capacity),)))
     layouts += [carry.layout for op in schedule.graph.ops for carry in op.carries]
     return layouts
 
@@ -143,10 +151,6 @@ def _lane_shape(layout: Layout) -> list[int]:
 
 def to_lanes_first(tensor: torch.Tensor, layout: Layout, lanes: int) -> torch.Tensor:
     """A program's state as lane programs keep it."""
-    return _reorder(tensor, layout, lanes)
-
-
-def _reorder(tensor: torch.Tensor, layout: Layout, lanes: int) -> torch.Tensor:
     at = next((i for i, d in enumerate(layout) if BATCH in d), None)
     if at is None:
         return tensor.unsqueeze(0).expand(lanes, *tensor.shape)
@@ -154,6 +158,18 @@ def _reorder(tensor: torch.Tensor, layout: Layout, lanes: int) -> torch.Tensor:
     shape = tensor.shape
     parted = tensor.reshape(*shape[:at], before, lanes, after, *shape[at + 1 :]).movedim(at + 1, 0)
     return parted.reshape(lanes, *_lane_shape(layout))
+
+
+def from_lanes_first(tensor: torch.Tensor, layout: Layout) -> torch.Tensor:
+    """The inverse of `to_lanes_first`."""
+    at = next((i for i, d in enumerate(layout) if BATCH in d), None)
+    if at is None:
+        return tensor[0]
+    before, after = _around_batch(layout[at])
+    sizes = _lane_shape(layout)
+    head, tail = sizes[:at], sizes[at + (layout[at] != (BATCH,)) :]
+    parted = tensor.reshape(len(tensor), *head, before, after, *tail).movedim(0, at + 1)
+    return parted.reshape(*head, before * len(tensor) * after, *tail)
 
 
 def _around_batch(dimension: Sequence[Any]) -> tuple[int, int]:
@@ -171,6 +187,7 @@ def generate_lanes(
     controls: bool = True,
     batch_first: bool = False,
     folded: bool = True,
+    capacity: int = 0,
 ) -> LaneProgram:
     """The lane program of a plan.
 
@@ -182,13 +199,14 @@ def generate_lanes(
         controls: it takes start, ready and length; else all lanes begin together and do not end.
         batch_first: lanes come first in inputs and outputs, wherever the model has its batch dimension.
         folded: what depends on parameters alone is a constant.
+        capacity: ticks for which there is room, where all of a stream is kept; no output is valid beyond it.
     """
     schedule = lane_schedule(plan)
     if ticks < 1 or ticks % schedule.period:
         raise ValueError(f"a lane program takes a multiple of {schedule.period} ticks, not {ticks}")
     plan = dataclasses.replace(plan, schedule=schedule, timings={})
     key = Key(0, ticks, masked=True, holding=schedule.sequential_from > 0, frames=frames, folded=folded,
-              endless=not controls)  # fmt: skip
+              endless=not controls, capacity=capacity)  # fmt: skip
     program = generate(plan, key, device, validity=True)
     has_batch = any(b is not None for b in plan.clock.batch_dims)
     build = functools.partial(
@@ -266,7 +284,9 @@ class _Build:
         with self.fake, torch.no_grad():
             arguments = [self._input_example(i, batch) for i in range(len(self.inputs))]
             arguments += [torch.zeros((), dtype=torch.int64) for _ in self.wanted]
-            arguments += [torch.zeros(s.shape(batch), dtype=s.dtype) for s in state_specs(self.schedule)]
+            arguments += [
+                torch.zeros(s.shape(batch), dtype=s.dtype) for s in state_specs(self.schedule, self.key.capacity)
+            ]
             Record(self.source).run(*arguments)
         return found
 
@@ -319,8 +339,8 @@ class _Build:
     def program(self) -> LaneProgram:
         """Everything, in order."""
         nodes = list(self.source.graph.nodes)
-        specs = lane_state_specs(self.schedule, self.controls)
-        layouts = state_layouts(self.schedule)
+        specs = lane_state_specs(self.schedule, self.key.capacity)
+        layouts = state_layouts(self.schedule, self.key.capacity)
         given = [self.placeholder(n.name) for n, _ in self.plan.inputs]
         control = [self.placeholder(n) for n in ("start", "ready", "length")] if self.controls else []
         self.position = self.placeholder(POSITION)
@@ -370,7 +390,7 @@ class _Build:
         ticks = self.key.ticks
         if not control:
             forever = self.emit(aten.full_like.default, count, FOREVER)
-            after = self.emit(aten.add.Tensor, self.position, ticks, name="position_out")
+            after = self.emit(aten.add.Tensor, self.position, self._constant([[ticks, 0]]), name="position_out")
             return count, forever, None, after
         start, ready, given = control
         before = self.emit(aten.where.ScalarOther, self.emit(aten.logical_not.default, start), self.position, 0)
@@ -606,9 +626,12 @@ class _Build:
             self._vmapped(node)
 
     def _pointwise(self, node: fx.Node) -> bool:
-        """A pointwise op: lanes that lie in front are taken into the batch dimension of the result, if it has one."""
+        """A pointwise op, or one whose first dimensions broadcast: lanes that lie in front are taken into the batch
+        dimension of the result, if it has one."""
         target, value = node.target, self.measured[1][node]
-        if not (isinstance(target, torch._ops.OpOverload) and torch.Tag.pointwise in target.tags):
+        if not isinstance(target, torch._ops.OpOverload):
+            return False
+        if torch.Tag.pointwise not in target.tags and target not in _BATCHED:
             return False
         if not isinstance(value, torch.Tensor):
             return False
@@ -739,7 +762,7 @@ class _Build:
                     for i, a in enumerate(flat)
                 ]
                 args, kwargs = pytree.tree_unflatten(flat, spec)
-                env[node] = self.emit(node.target, *args, **kwargs)
+                env[node] = self.emit(_RESHAPES.get(node.target, node.target), *args, **kwargs)
             else:
                 raise Ambiguous
         raise AssertionError("a graph without output")

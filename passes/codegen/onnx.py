@@ -24,7 +24,7 @@ from torch.utils import _pytree as pytree
 
 from ..errors import CompileError
 from ..schedule_delays import Schedule
-from .lanes import LaneProgram, generate_lanes, lane_schedule, model_axes
+from .lanes import LaneProgram, flush_calls, generate_lanes, lane_schedule, model_axes
 from .onnx_decompositions import decompositions
 
 if TYPE_CHECKING:
@@ -86,6 +86,7 @@ def export_onnx(
     dynamic_batch: bool = True,
     opset: int | None = None,
     controls: bool = True,
+    capacity: int = 0,
 ) -> None:
     """Write the step program of a plan to a file, checked by onnx; a failure leaves no file behind.
 
@@ -97,6 +98,7 @@ def export_onnx(
         dynamic_batch: the batch size is left open; else it is one.
         opset: version of the operator set, 18 or later.
         controls: the graph takes start, ready and length.
+        capacity: ticks of the longest stream, where all of a stream is kept.
 
     Raises:
         OnnxError: an op has no ONNX form.
@@ -105,12 +107,14 @@ def export_onnx(
     import onnx
 
     ticks = lane_schedule(plan).period if ticks is None else ticks
+    schedule = lane_schedule(plan)
+    room = capacity and -(-capacity // ticks) * ticks + flush_calls(schedule, plan.outputs, ticks) * ticks
     device = next((t.device for t in plan.constants.tensors.values()), torch.device("cpu"))
     with torch.no_grad():
-        program = generate_lanes(plan, ticks, device, controls=controls, batch_first=True)
+        program = generate_lanes(plan, ticks, device, controls=controls, batch_first=True, capacity=room)
     names = _names(plan, program, controls)
     model = _convert(plan, program, names, controls, dynamic_batch, OPSET if opset is None else opset)
-    _describe(model, plan, program, names, about, controls)
+    _describe(model, plan, program, names, about | {"limit": _limit(schedule, capacity)}, controls)
     _save(onnx, model, os.fspath(path))
 
 
@@ -250,7 +254,6 @@ def _describe(
         "frames_per_step": program.ticks,
         "period": plan.schedule.period,
         "flush_calls": program.flush_calls,
-        "limit": _limit(lane_schedule(plan)),
         "controls": controls,
         "structure": _structure(pytree.tree_unflatten(list(range(len(plan.outputs))), plan.out_spec)),
         "inputs": inputs,
@@ -261,9 +264,9 @@ def _describe(
     entry.key, entry.value = "cofx", json.dumps(meta)
 
 
-def _limit(schedule: Schedule) -> int | None:
-    """Ticks that a stream may have before a table of positions runs out."""
-    limits = []
+def _limit(schedule: Schedule, capacity: int) -> int | None:
+    """Ticks that a stream may have before a table of positions runs out, or there is no more room for it."""
+    limits = [capacity] if capacity else []
     for op in schedule.graph.ops:
         if op.limit is not None:
             n = 0

@@ -119,6 +119,37 @@ def _lstm(x: torch.Tensor, hx: Any, params: Any, *rest: Any) -> Any:
     return decomposition_table[aten.lstm.input](x, hx, params, *rest)
 
 
+def _attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor | None = None,
+    *rest: Any,
+    **more: Any,
+) -> Any:
+    """The exporter knows attention with a batch and a heads dimension, no more and no fewer."""
+    rank = query.dim()
+    if rank == 4:
+        return NotImplemented
+
+    def four(x: torch.Tensor) -> torch.Tensor:
+        if rank > 4:
+            return x.expand(*query.shape[:-2], *x.shape[-2:]).flatten(0, rank - 4)
+        while x.dim() < 4:
+            x = x.unsqueeze(-3)
+        return x
+
+    given = (four(query), four(key), four(value), None if mask is None else four(mask))
+    y = aten.scaled_dot_product_attention.default(*given, *rest, **more)
+    return y.reshape(*query.shape[:-1], value.shape[-1])
+
+
+def _rrelu(
+    x: torch.Tensor, lower: Any = 1 / 8, upper: Any = 1 / 3, training: bool = False, generator: Any = None
+) -> Any:
+    return NotImplemented if training else F.leaky_relu(x, (lower + upper) / 2)
+
+
 def _where(condition: torch.Tensor, a: Any, b: Any) -> Any:
     """ONNX Runtime chooses between numbers only."""
     if any(x.dtype != torch.bool if isinstance(x, torch.Tensor) else not isinstance(x, bool) for x in (a, b)):
@@ -129,7 +160,11 @@ def _where(condition: torch.Tensor, a: Any, b: Any) -> Any:
 
 _WHERE = {aten.where.self, aten.where.ScalarOther, aten.where.ScalarSelf, aten.where.Scalar}
 
-TABLE: dict[Any, Callable[..., Any]] = {aten.lstm.input: _lstm}
+TABLE: dict[Any, Callable[..., Any]] = {
+    aten.lstm.input: _lstm,
+    aten.rrelu.default: _rrelu,
+    aten.scaled_dot_product_attention.default: _attention,
+}
 TABLE.update(dict.fromkeys(_WHERE, _where))
 for _n in (1, 2, 3):
     TABLE[getattr(aten, f"max_pool{_n}d").default] = _max_pool(_n)
