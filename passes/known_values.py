@@ -32,6 +32,7 @@ _TAKES_SIZES = {
     torch._C._nn.pad, torch.nn.functional.pad, torch.Tensor.view, torch.Tensor.reshape, torch.Tensor.expand,
     torch.Tensor.repeat, torch.Tensor.narrow,
 }  # fmt: skip
+_NOT_KNOWN = nn.modules.batchnorm._NormBase, torch.jit.ScriptModule  # whose buffers are left alone
 _OPEN = (torch.SymInt, torch.SymFloat, torch.SymBool)
 
 
