@@ -50,8 +50,7 @@ class KnownValues(TorchFunctionMode):
             (module, name, f"{path}.{name}".lstrip("."), buffer.detach())
             for path, module in model.named_modules()
             for name, buffer in module.named_buffers(recurse=False)
-            if buffer.numel() <= MOST
-            and not isinstance(module, (nn.modules.batchnorm._NormBase, torch.jit.ScriptModule))
+            if buffer.numel() <= MOST and not isinstance(module, _NOT_KNOWN)
         ]
         # copies, which share memory where the buffers do: forward may write to them
         copies = copy.deepcopy([buffer for *_, buffer in buffers])
