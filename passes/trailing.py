@@ -42,10 +42,15 @@ def per_frame(op: Any, batched: Sequence[bool], args: Any, kwargs: Any) -> Any:
     return torch.vmap(one)(*(leaf for leaf, b in zip(leaves, batched, strict=True) if b))
 
 
+def ones_of(x: Tensor) -> Tensor:
+    """One for each frame of x (in front). Made from the frames, so that it has as many of them as a stream has."""
+    first = x.flatten(1)[:, 0]
+    return torch.logical_or(first == first, first != first).to(x.dtype)
+
+
 def present(x: Tensor, window: int) -> Tensor:
-    """How many frames there are for each frame of x (in front): int64, shaped to broadcast."""
-    count = torch.arange(x.shape[0], device=x.device) + 1
-    return count.clamp(max=window).reshape(-1, *[1] * (x.dim() - 1))
+    """How many frames there are for each frame of x (in front), shaped to broadcast."""
+    return trailing_sum(ones_of(x), window).reshape(-1, *[1] * (x.dim() - 1))
 
 
 def windows(x: Tensor, window: int, fill: float = 0.0) -> Tensor:
@@ -73,7 +78,7 @@ def trailing_moments(f: Tensor, dims: list[int], window: int) -> tuple[Tensor, T
     for d in dims:
         size *= f.shape[d]
     of_all = trailing_mean(mean, window)
-    there = windows(torch.ones_like(mean), window)
+    there = windows(ones_of(mean), window).reshape(-1, *[1] * (mean.dim() - 1), window)
     off = (windows(mean, window) - of_all.unsqueeze(-1)) * there
     return of_all, trailing_sum(squares, window) + size * (off * off).sum(-1), size
 
