@@ -234,7 +234,7 @@ def test_a_stream_past_a_table_fails_alone() -> None:
     class Table(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.table = nn.Parameter(torch.randn(3, 14))
+            self.table = nn.Parameter(torch.randn(3, 40))
 
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             return x + self.table[:, : x.shape[2]]
@@ -242,11 +242,11 @@ def test_a_stream_past_a_table_fails_alone() -> None:
     x = torch.randn(1, 3, 12)
     pool = LanePool(cofx.compile(Table(), x), 3)
     long, short = pool.open(), pool.open()
-    long.feed(torch.zeros(3, 20))
-    for _ in range(14):
+    long.feed(torch.zeros(3, 50))
+    for _ in range(40):
         assert [s for s, _ in pool.run()] == [long]
     short.feed(x[0])
     assert [s for s, _ in pool.run()] == [short]
     assert long.error is not None and len(pool) == 1
-    with pytest.raises(cofx.InputError, match="14 entries"):
+    with pytest.raises(cofx.InputError, match="40 entries"):
         long.feed(torch.zeros(3, 1))

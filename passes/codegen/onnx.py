@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 
 FORMAT = 1  # of the metadata
 OPSET = 18
+OUTER = "cofx::"  # before the names of inputs and outputs until they are told from the graph's own
 LARGEST = 2_000_000_000  # bytes in one file
 CONTROLS = {"start": torch.bool, "ready": torch.bool, "length": torch.int64}
 
@@ -164,17 +165,47 @@ def _convert(
                 exported,
                 dynamo=True,
                 opset_version=opset,
-                input_names=names.arguments,
-                output_names=names.results,
+                input_names=[f"{OUTER}{n}" for n in names.arguments],
+                output_names=[f"{OUTER}{n}" for n in names.results],
                 verbose=False,
             )
         except torch.onnx.errors.OnnxExporterError as error:
             raise OnnxError(_blame(program, error)) from error
     assert converted is not None
     model = converted.model_proto
+    _rename(model.graph, _final_names(model.graph))
     if dynamic_batch:
         _rename_batch(model)
     return model
+
+
+def _values(graph: Any) -> set[str]:
+    """The names of all values in a graph."""
+    named = [*graph.input, *graph.output, *graph.initializer, *graph.value_info]
+    return {v.name for v in named} | {n for node in graph.node for n in (*node.input, *node.output)}
+
+
+def _final_names(graph: Any) -> dict[str, str]:
+    """The names of inputs and outputs as they are wanted; what else has such a name gets another."""
+    taken = _values(graph)
+    final = {n: n.removeprefix(OUTER) for n in taken if n.startswith(OUTER)}
+    for name in taken & set(final.values()):
+        other = f"{name}_value"
+        while other in taken:
+            other += "_"
+        final[name] = other
+    return final
+
+
+def _rename(graph: Any, names: dict[str, str]) -> None:
+    for value in (*graph.input, *graph.output, *graph.initializer, *graph.value_info):
+        value.name = names.get(value.name, value.name)
+    for node in graph.node:
+        for field in (node.input, node.output):
+            field[:] = [names.get(n, n) for n in field]
+        for attribute in node.attribute:
+            if attribute.HasField("g"):
+                _rename(attribute.g, names)
 
 
 def _rename_batch(model: Any) -> None:
@@ -299,7 +330,10 @@ def _save(onnx: Any, model: Any, path: str) -> None:
             onnx.save(model, draft, save_as_external_data=True, location=os.path.basename(path) + ".data")
         else:
             onnx.save(model, draft)
-        onnx.checker.check_model(draft, full_check=True)
+        try:
+            onnx.checker.check_model(draft, full_check=True)
+        except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
+            raise OnnxError(f"the step program has no valid ONNX form: {str(error).strip()[:500]}") from error
         for name in sorted(os.listdir(scratch), reverse=True):  # the data before the graph that needs it
             os.replace(os.path.join(scratch, name), os.path.join(folder, name))
 

@@ -112,6 +112,20 @@ def _adaptive(n: int, mean: bool) -> Callable[..., Any]:
     return decomposed
 
 
+def _running(join: Callable[..., torch.Tensor], pair: bool) -> Callable[..., Any]:
+    """A running product or extremum: ONNX has running sums only."""
+
+    def decomposed(x: torch.Tensor, dim: int, dtype: torch.dtype | None = None) -> Any:
+        x = x if dtype is None else x.to(dtype)
+        parts = [x.narrow(dim, 0, 1)]
+        for i in range(1, int(x.shape[dim])):
+            parts.append(join(parts[-1], x.narrow(dim, i, 1)))
+        y = torch.cat(parts, dim)
+        return (y, torch.zeros_like(y, dtype=torch.int64)) if pair else y
+
+    return decomposed
+
+
 def _lstm(x: torch.Tensor, hx: Any, params: Any, *rest: Any) -> Any:
     """A projected LSTM, step by step."""
     if len({int(h.shape[-1]) for h in hx}) == 1:
@@ -161,6 +175,9 @@ def _where(condition: torch.Tensor, a: Any, b: Any) -> Any:
 _WHERE = {aten.where.self, aten.where.ScalarOther, aten.where.ScalarSelf, aten.where.Scalar}
 
 TABLE: dict[Any, Callable[..., Any]] = {
+    aten.cumprod.default: _running(torch.mul, False),
+    aten.cummax.default: _running(torch.maximum, True),
+    aten.cummin.default: _running(torch.minimum, True),
     aten.lstm.input: _lstm,
     aten.rrelu.default: _rrelu,
     aten.scaled_dot_product_attention.default: _attention,
