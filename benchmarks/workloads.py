@@ -136,6 +136,12 @@ def _continual() -> Any:
     return continual
 
 
+def converted(model: nn.Module) -> nn.Module:
+    """A chain of layers that continual-inference converts by itself."""
+    net: nn.Module = _continual().convert.continual(deepcopy(model))
+    return net
+
+
 def continual_video(model: Any) -> nn.Module:
     """Slow-R50 or X3D of pytorchvideo. X3D's squeeze-and-excitation looks on the frame alone, which is cheaper."""
     co = _continual()
