@@ -27,6 +27,7 @@ from ..loops import Loop
 from ..schedule import Taps
 from ..schedule_delays import Schedule
 from ..stream_graph import Carry, Constant, Mirror, Op, Read, Value, Window
+from .flat import flatten
 
 if TYPE_CHECKING:
     from ..pipeline import Plan
@@ -772,7 +773,7 @@ def generate(plan: Plan, key: Key, device: torch.device, validity: bool = False)
             b.graph.erase_node(node)
     b.graph.lint()
     module = fx.GraphModule(_root(b.root), b.graph, class_name="StepProgram")
-    return Program(module, spans, tuple(w for w in ("count", "length") if b.states[w].users))
+    return Program(module, flatten(module), spans, tuple(w for w in ("count", "length") if b.states[w].users))
 
 
 def _root(tensors: dict[str, torch.Tensor]) -> torch.nn.Module:
