@@ -9,7 +9,7 @@ that the overload's schema names, the one picked does what the overload does.
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -20,20 +20,20 @@ aten = torch.ops.aten
 _NUMBERS = {"int", "SymInt", "float", "bool", "number", "Scalar"}
 
 
-def flatten(module: fx.GraphModule) -> Callable[..., Any]:
-    """A function with the arguments and results of a GraphModule that holds tensors and calls functions only."""
+def flatten(graph: fx.Graph, tensors: Mapping[str, torch.Tensor]) -> Callable[..., Any]:
+    """A function with the arguments and results of a graph that calls functions only; `tensors`: its attributes."""
     scope: dict[str, Any] = {}
     names: dict[fx.Node, str] = {}
     lines: list[str] = []
     arguments: list[str] = []
-    dies = _last_uses(module.graph)
-    for node in module.graph.nodes:
+    dies = _last_uses(graph)
+    for node in graph.nodes:
         if node.op == "placeholder":
             names[node] = f"v{len(names)}"
             arguments.append(names[node])
         elif node.op == "get_attr":
             names[node] = f"c{len(names)}"
-            scope[names[node]] = getattr(module, node.target)
+            scope[names[node]] = tensors[str(node.target)]
         elif node.op == "call_function":
             text = _call(node, names, scope)
             names[node] = f"v{len(names)}"
