@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -41,6 +41,15 @@ class Compiled:
         self._stale = False
         before = plan.schedule.counts(0)
         self.early = any(before[v] > 0 for op in plan.schedule.graph.ops for v in op.outputs)
+        self._parameters = list(model.parameters())
+        bounded = self.grows or bool(self.tables) or plan.limit is not None
+        # ticks after which a step depends on the stream's phase alone
+        self.steady_from = FOREVER if bounded else max(1, plan.schedule.settled, plan.schedule.sequential_from)
+        self._steady: dict[int, Callable[..., Any] | None] = {}
+        self._accepted: tuple[int | None, tuple[torch.Size, ...]] | None = None
+        self._period = plan.schedule.period
+        self._single = plan.out_spec.is_leaf()
+        self._flat = plan.out_spec.type is tuple and len(plan.outputs) == plan.out_spec.num_children
         self.masks = plan.schedule.settled > 0 or any(
             op.carries or any(r.levels for r in op.reads) for op in plan.schedule.graph.ops
         )
@@ -66,6 +75,9 @@ class Compiled:
             self._seen = seen
             self.plan.constants.renew(now)
             self.programs.clear()
+            self._steady.clear()
+            self._parameters = list(self.model.parameters())
+            self._accepted = None
             self.spec = InputSpec.of(self.plan)
         self._stale = False
 
@@ -100,6 +112,54 @@ class Compiled:
                 del self.programs[next(iter(self.programs))]  # the oldest
             self.programs[key] = generate(self.plan, key, self.spec.device)
         return self.programs[key]
+
+    def _folded(self) -> bool:
+        """Whether what depends on parameters alone may be a constant: nobody asks for their gradients."""
+        return not torch.is_grad_enabled() or not any(p.requires_grad for p in self._parameters)
+
+    def accept(self, frames: Sequence[torch.Tensor], batch: int | None) -> None:
+        """These inputs have been checked: frames of the same shapes need not be, in a stream of that batch size."""
+        self._accepted = (batch, tuple(x.shape for x in frames))
+
+    def steady_step(self, state: StreamState, frames: Sequence[torch.Tensor]) -> tuple[Any, StreamState] | None:
+        """A step's output and the state after, the short way; None where it has to be taken the long way.
+
+        The short way is there in mid-stream, for frames of shapes that were accepted before.
+        """
+        count, kept, batch = state.count, state.tensors, state.batch
+        accepted, spec = self._accepted, self.spec
+        if count < self.steady_from or kept is None or accepted is None or accepted[0] != batch:
+            return None
+        if len(frames) != len(accepted[1]):
+            return None
+        for x, shape, dtype in zip(frames, accepted[1], spec.dtypes, strict=True):
+            if not isinstance(x, torch.Tensor) or x.shape != shape or x.dtype is not dtype or x.device != spec.device:
+                return None
+        if not self._folded():
+            return None
+        phase = count % self._period
+        if phase not in self._steady:
+            self._steady[phase] = self._steady_program(count)
+        run = self._steady[phase]
+        if run is None:
+            return None
+        outputs, after = run(*frames, *kept)
+        if self._single:
+            out = outputs[0]
+        elif self._flat and all(y is not None for y in outputs):
+            out = outputs
+        else:
+            out = self.pack(list(outputs), stacked=False)
+        return out, StreamState(count + 1, after, batch)
+
+    def _steady_program(self, count: int) -> Callable[..., Any] | None:
+        """The program of a step in mid-stream; None while frames of its outputs may not exist."""
+        cycles, phase = divmod(count, self._period)
+        program = self.program(Key(phase, 1, frames=True))
+        for leaf, span in zip(self.plan.outputs, program.outputs, strict=True):
+            if leaf.value is not None and span.start + int(leaf.value.rate * self._period) * cycles < 0:
+                return None
+        return None if program.wants else program.run
 
     def advance(
         self, state: StreamState, inputs: Sequence[torch.Tensor], ticks: int, length: int | None, frames: bool
@@ -164,7 +224,7 @@ class Compiled:
             first=first,
             holding=state.count < schedule.sequential_from,
             frames=frames,
-            folded=not (torch.is_grad_enabled() and any(p.requires_grad for p in self.model.parameters())),
+            folded=self._folded(),
             capacity=self.capacity(state.count + ticks),
         )
         program = self.program(key)
@@ -176,7 +236,7 @@ class Compiled:
             kept = grow(kept, self.specs_after(state.count + ticks))
         extra = {"count": state.count, "length": FOREVER if length is None else length}
         where = [torch.tensor(extra[w], device=self.spec.device) for w in program.wants]
-        outputs, after = program.module(*inputs, *where, *kept)
+        outputs, after = program.run(*inputs, *where, *kept)
         results: list[torch.Tensor | None] = []
         for leaf, span, tensor in zip(self.plan.outputs, program.outputs, outputs, strict=True):
             results.append(self._valid(leaf, span, tensor, cycles, length, frames))

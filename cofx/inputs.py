@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from math import gcd
 from typing import Any
 
@@ -150,6 +151,11 @@ class InputSpec:
             x if t is None else x.narrow(t, start * k, ticks * k)
             for x, t, k in zip(inputs, self.times, self.frames, strict=True)
         ]
+
+    @cached_property
+    def has_untimed(self) -> bool:
+        """Whether some input has no time axis."""
+        return None in self.times
 
     def untimed(self, inputs: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
         """Copies of the inputs that have no time axis."""

@@ -302,14 +302,27 @@ class StepModule(nn.Module):
         """
         if not (start is None and ready is None and length is None):
             return self._lane_call(frames, True, update_state, start=start, ready=ready, length=length)
+        if self._compiled is not None:
+            done = self._compiled.steady_step(self._state, frames)
+            if done is not None:
+                if update_state:
+                    self._go_on(done[1], frames)
+                return done[0]
         self._no_lanes()
         compiled = self._ready(frames, frames=True)
         compiled.spec.check(frames, 1, self._state.batch, frames=True)
         parts, state = compiled.advance(self._state, frames, 1, None, frames=True)
         out = compiled.pack([p[0] if p else None for p in parts], stacked=False)
+        compiled.accept(frames, state.batch)
         if update_state:
-            self._state, self._held = state, compiled.spec.untimed(frames)
+            self._go_on(state, frames)
         return out
+
+    def _go_on(self, state: StreamState, inputs: Sequence[torch.Tensor]) -> None:
+        """The stream has moved. Not through Module.__setattr__, which takes longer than a small op."""
+        object.__setattr__(self, "_state", state)
+        if self.compiled.spec.has_untimed:
+            self._held = self.compiled.spec.untimed(inputs)
 
     def forward_steps(
         self,
@@ -346,7 +359,7 @@ class StepModule(nn.Module):
             parts = [a + b for a, b in zip(parts, tail, strict=True)]
         out = compiled.pack(compiled.join(parts), stacked=True)
         if update_state:
-            self._state, self._held = state, compiled.spec.untimed(chunks)
+            self._go_on(state, chunks)
         return out
 
     def flush(self) -> Any:

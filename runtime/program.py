@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -44,11 +45,13 @@ class Program:
     """A pure function ``(frames..., [count, length,] state...) -> (outputs, state)`` and what its results are.
 
     Attributes:
-        module: the generated GraphModule.
+        module: the generated GraphModule, to look at and to transform.
+        run: the same as a plain function, which is what runs.
         outputs: for each output leaf the frames that are returned.
         wants: which of "count" and "length" it takes.
     """
 
     module: Any
+    run: Callable[..., Any]
     outputs: list[OutputSpan]
     wants: tuple[str, ...]

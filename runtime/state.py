@@ -13,7 +13,7 @@ from .program import StateSpec
 COUNT, BATCH = "count", "batch"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class StreamState:
     """Where a stream is.
 

@@ -27,6 +27,8 @@ from ..loops import Loop
 from ..schedule import Taps
 from ..schedule_delays import Schedule
 from ..stream_graph import Carry, Constant, Mirror, Op, Read, Value, Window
+from .flat import flatten
+from .lower import Lowering
 
 if TYPE_CHECKING:
     from ..pipeline import Plan
@@ -109,6 +111,7 @@ class Constants:
         self.tensors = tensors
         self.batched = batched
         self.folded: dict[str, tuple[torch.Tensor, int]] = {}  # what was computed from, with its version then
+        self.made: dict[Any, Any] = {}  # by lowerings
         self._values: dict[fx.Node, Any] = {}
 
     def value(self, node: fx.Node) -> Any:
@@ -134,6 +137,7 @@ class Constants:
         self.tensors = tensors
         self._values.clear()
         self.folded.clear()
+        self.made.clear()
 
 
 class Builder:
@@ -748,7 +752,29 @@ def generate(plan: Plan, key: Key, device: torch.device, validity: bool = False)
             b.graph.erase_node(node)
     b.graph.lint()
     module = fx.GraphModule(_root(b.root), b.graph, class_name="StepProgram")
-    return Program(module, spans, tuple(w for w in ("count", "length") if b.states[w].users))
+    run = flatten(b.graph, b.root)
+    if key.folded:
+        lowered = Lowering(module, plan.constants.made, _arguments(b, plan, specs), device)
+        run = flatten(lowered.graph, lowered.tensors)
+    return Program(module, run, spans, tuple(w for w in ("count", "length") if b.states[w].users))
+
+
+def _arguments(b: Builder, plan: Plan, specs: list[StateSpec]) -> list[tuple[tuple[int, ...], torch.dtype]]:
+    """The shapes and dtypes of a program's arguments, for the traced batch size."""
+    shapes: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
+    for traced, value in plan.inputs:
+        size = list(traced.meta["sizes"][0])
+        if value is not None:
+            size[value.layout.time] = len(b.span(value))
+            if b.key.frames and value.rate == 1:
+                del size[value.layout.time]
+        shapes[b.inputs[traced].name] = tuple(size), traced.meta["val"].dtype
+    batch = plan.capture.points[0].batch
+    for spec in specs:
+        shapes[b.states[spec.name].name] = spec.shape(batch), spec.dtype
+    for name in ("count", "length"):
+        shapes[b.states[name].name] = (), torch.int64
+    return [shapes[n.name] for n in b.graph.nodes if n.op == "placeholder"]
 
 
 def _root(tensors: dict[str, torch.Tensor]) -> torch.nn.Module:
