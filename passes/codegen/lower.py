@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import fx
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import _disable_current_modes
 
 from ..canonicalize import bind, unbind
 
@@ -57,7 +58,7 @@ class Lowering:
         """A tensor computed from held ones, once for all programs."""
         key = (how, *map(id, sources))
         if key not in self.made:
-            with torch.no_grad():
+            with _disable_current_modes(), torch.no_grad():
                 self.made[key] = (make(), sources)  # the sources stay, so that their ids do
         name = f"derived_{len(self.tensors)}"
         self.tensors[name] = self.made[key][0]
@@ -173,7 +174,8 @@ def _sizes(module: fx.GraphModule, arguments: Shapes, device: torch.device) -> d
             return result
 
     try:
-        with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
+        # the caller's modes, a counter of operations say, are for what a step does
+        with _disable_current_modes(), FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
             Record(module).run(*(torch.empty(size, dtype=dtype, device=device) for size, dtype in arguments))
     except (RuntimeError, NotImplementedError):  # an op without a shape function, or whose result's shape is data
         return {}
