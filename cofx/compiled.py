@@ -137,6 +137,7 @@ class Compiled:
                 return None
         if not self._folded():
             return None
+        self._notice()
         phase = count % self._period
         if phase not in self._steady:
             self._steady[phase] = self._steady_program(count)

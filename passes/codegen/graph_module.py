@@ -12,7 +12,7 @@ between, where nothing reaches outside, the plain program does without.
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -110,7 +110,7 @@ class Constants:
     def __init__(self, tensors: dict[str, torch.Tensor], batched: set[fx.Node]) -> None:
         self.tensors = tensors
         self.batched = batched
-        self.folded: dict[str, tuple[torch.Tensor, int]] = {}  # what was computed from, with its version then
+        self.folded: dict[int, tuple[torch.Tensor, int]] = {}  # what was computed from, with its version then
         self.made: dict[Any, Any] = {}  # by lowerings
         self._values: dict[fx.Node, Any] = {}
 
@@ -119,14 +119,17 @@ class Constants:
         if node not in self._values:
             if node.op == "get_attr":
                 return self.tensors[str(node.target)]
-            for n in node.all_input_nodes:
-                if n.op == "get_attr":
-                    tensor = self.tensors[str(n.target)]
-                    self.folded[str(n.target)] = tensor, tensor._version
+            self.note(self.tensors[str(n.target)] for n in node.all_input_nodes if n.op == "get_attr")
             with torch.no_grad():
                 args, kwargs = map_arg((node.args, node.kwargs), self.value)
                 self._values[node] = node.target(*args, **kwargs)  # type: ignore[operator]
         return self._values[node]
+
+    def note(self, sources: Iterable[torch.Tensor | None]) -> None:
+        """Constants were computed from these: programs that hold them are stale once one of these changes."""
+        for tensor in sources:
+            if tensor is not None:
+                self.folded.setdefault(id(tensor), (tensor, tensor._version))
 
     def known(self, node: fx.Node) -> bool:
         """Whether a node depends on parameters alone."""
@@ -754,7 +757,7 @@ def generate(plan: Plan, key: Key, device: torch.device, validity: bool = False)
     module = fx.GraphModule(_root(b.root), b.graph, class_name="StepProgram")
     run = flatten(b.graph, b.root)
     if key.folded:
-        lowered = Lowering(module, plan.constants.made, _arguments(b, plan, specs), device)
+        lowered = Lowering(module, plan.constants, _arguments(b, plan, specs), device)
         run = flatten(lowered.graph, lowered.tensors)
     return Program(module, run, spans, tuple(w for w in ("count", "length") if b.states[w].users))
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from math import prod
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import fx
@@ -17,6 +17,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import _disable_current_modes
 
 from ..canonicalize import bind, unbind
+
+if TYPE_CHECKING:
+    from .graph_module import Constants
 
 aten = torch.ops.aten
 
@@ -33,8 +36,8 @@ class Lowering:
         tensors: what its get_attr nodes name.
     """
 
-    def __init__(self, module: fx.GraphModule, made: dict[Any, Any], arguments: Shapes, device: torch.device) -> None:
-        self.made = made
+    def __init__(self, module: fx.GraphModule, constants: Constants, arguments: Shapes, device: torch.device) -> None:
+        self.constants, self.made = constants, constants.made
         self.sizes = _sizes(module, arguments, device)
         self.tensors = {n.target: getattr(module, n.target) for n in module.graph.nodes if n.op == "get_attr"}
         self.graph = fx.Graph()
@@ -60,6 +63,7 @@ class Lowering:
         if key not in self.made:
             with _disable_current_modes(), torch.no_grad():
                 self.made[key] = (make(), sources)  # the sources stay, so that their ids do
+            self.constants.note(sources)
         name = f"derived_{len(self.tensors)}"
         self.tensors[name] = self.made[key][0]
         return self.graph.create_node("get_attr", name)
