@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from math import prod
 from typing import Any
 
 import torch
@@ -81,7 +82,7 @@ def report(compiled: Compiled) -> Report:
         macs_per_clip=total,
         clip_frames=ticks,
         streamed=1.0 if total == 0 else 1 - sum(nodes.get(n, 0) for n in repeated) / total,
-        state_bytes=sum(t.numel() * t.element_size() for t in state.tensors or ()),
+        state_bytes=sum(prod(s.shape(batch)) * s.dtype.itemsize for s in compiled.specs_after(max(state.count, ticks))),
         recomputed=tuple(f"{plan.facts.of[n].reason}: {user_frame(n)}" for n in ended) + branch,
         approximated=tuple(approximated),
     )

@@ -266,3 +266,10 @@ def test_a_forward_that_takes_further_arguments_is_given_none() -> None:
             return x + len(more)
 
     assert cofx.compile(Open(), X).verify(X).exact
+
+
+def test_the_bytes_of_a_state_that_needs_no_warm_up() -> None:
+    step = cofx.compile(nn.Conv1d(3, 4, 3), torch.randn(1, 3, 20))
+    step.forward_step(torch.randn(1, 3))
+    kept = [t for name, t in step.get_state().items() if name.startswith("state_")]
+    assert step.report().state_bytes == sum(t.numel() * t.element_size() for t in kept) == 24
