@@ -103,11 +103,9 @@ class Pair(InClip):
 
     Attributes:
         value: with `TIME` for the one frame and `KEY` for the other; its op is evaluated where it is summed up.
-        data: it depends on more than positions.
     """
 
     value: Value
-    data: bool
 
 
 @dataclass

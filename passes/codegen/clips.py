@@ -38,7 +38,7 @@ Demand = Part | None  # None: all of it
 def evaluate_clip(b: Builder, op: Op, windows: list[Window], span: range) -> tuple[fx.Node, ...]:
     """The clip's nodes on whole clips, once for each frame of `span`; results stacked in front."""
     assert op.clip is not None
-    demands = find_demands(op.clip)
+    demands, below = find_demands(op.clip)
     results: list[list[fx.Node]] = []
     for j in span:
         borders = []
@@ -49,20 +49,22 @@ def evaluate_clip(b: Builder, op: Op, windows: list[Window], span: range) -> tup
             if (low, high) != (w.start, w.stop):
                 node = b.narrow(node, value.layout.split().time, low - w.start, high - low)
             borders.append(b.merge(node, value.layout, high - low))
-        results.append(_Evaluation(b, op.clip, demands).run(borders))
+        results.append(_Evaluation(b, op.clip, demands, below).run(borders))
     return tuple(
         b.aten("unsqueeze.default", rows[0], 0) if len(rows) == 1 else b.aten("stack.default", list(rows))
         for rows in zip(*results, strict=True)
     )
 
 
-def find_demands(clip: Clip) -> dict[fx.Node, Demand]:
-    """How much of each node is asked: what all its readers need, or all of it if they need different parts."""
+def find_demands(clip: Clip) -> tuple[dict[fx.Node, Demand], dict[fx.Node, dict[fx.Node, Demand]]]:
+    """How much of each node is asked: what all its readers need, or all of it if they need different parts. And what
+    each needs of its inputs for that."""
     asked: dict[fx.Node, set[Demand]] = {}
     inside = set(clip.nodes)
     for leaf, axis in zip(clip.leaves, clip.newest, strict=True):
         asked.setdefault(leaf, set()).add(None if axis is None else _entry(leaf, axis, -1))
     settled: dict[fx.Node, Demand] = {}
+    needed: dict[fx.Node, dict[fx.Node, Demand]] = {}
     for node in reversed(clip.nodes):
         if node not in asked:
             continue
@@ -71,11 +73,11 @@ def find_demands(clip: Clip) -> dict[fx.Node, Demand]:
         below = needs(node, demand)
         if below is None:
             demand, below = None, needs(node, None)
-        settled[node] = demand
+        settled[node], needed[node] = demand, below or {}
         for source in node.all_input_nodes:
             if source in inside:
-                asked.setdefault(source, set()).add((below or {}).get(source))
-    return settled
+                asked.setdefault(source, set()).add(needed[node].get(source))
+    return settled, needed
 
 
 def _shape(node: fx.Node, point: int) -> Sizes:
@@ -213,8 +215,10 @@ def _before_reshape(source: fx.Node, node: fx.Node, demand: Part) -> Part | None
 class _Evaluation:
     """One evaluation of a clip."""
 
-    def __init__(self, b: Builder, clip: Clip, demands: dict[fx.Node, Demand]) -> None:
-        self.b, self.clip, self.demands = b, clip, demands
+    def __init__(
+        self, b: Builder, clip: Clip, demands: dict[fx.Node, Demand], below: dict[fx.Node, dict[fx.Node, Demand]]
+    ) -> None:
+        self.b, self.clip, self.demands, self.below = b, clip, demands, below
         self.env: dict[fx.Node, Any] = {}
         self.parts: dict[tuple[fx.Node, Part], Any] = {}
 
@@ -234,7 +238,7 @@ class _Evaluation:
         return out
 
     def _node(self, node: fx.Node, demand: Demand) -> Any:
-        below = needs(node, demand) or {}
+        below = self.below[node]
         given = {n: self._given(n, below.get(n)) for n in node.all_input_nodes}
         if node.target in (aten.select.int, aten.slice.Tensor) and node.meta["samples"][0]["self"] in below:
             return self._selected(node, given[node.meta["samples"][0]["self"]], demand)

@@ -246,17 +246,13 @@ class Builder:
     def numbers(self, node: fx.Node, name: str, value: Any) -> Any:
         """An argument with the numbers that follow the batch size computed from it."""
         samples = node.meta["samples"]
+        return self.by_batch([value, *(s.get(name) for s in samples[1:])])
+
+    def by_batch(self, seen: Sequence[Any]) -> Any:
+        """Numbers that may follow the batch size, from what they are at each sample point."""
         batch = self.schedule.graph.batch
         other = next((i for i, b in enumerate(batch) if b != batch[0]), None)
         if other is None or self.batch_input is None:
-            return value
-        return self._with_batch(value, samples[other].get(name), batch[0], batch[other])
-
-    def by_batch(self, seen: Sequence[int]) -> Any:
-        """A number that may follow the batch size, as it is seen at each sample point."""
-        batch = self.schedule.graph.batch
-        other = next((i for i, b in enumerate(batch) if b != batch[0]), None)
-        if other is None or self.batch_input is None or other >= len(seen):
             return seen[0]
         return self._with_batch(seen[0], seen[other], batch[0], batch[other])
 
@@ -524,9 +520,8 @@ class Builder:
 
     def window(self, r: Read, span: range, op: Op) -> Window:
         """The frames that an op needs for its outputs `span`, with fills where they lie outside."""
-        start, stop = r.taps.lo(span.start), r.taps.hi(span.stop - 1) + 1
-        if r.everything:
-            start = stop - self.schedule.length(op.outputs[0], self.key.capacity)
+        asked = self.reached(op, r.taps, r.everything, span)
+        start, stop = asked.start, asked.stop
         value = r.source
         layout = value.layout.split()
         mirrored = self.masked and any(isinstance(level.fill, Mirror) for level in r.levels)
@@ -627,8 +622,8 @@ class Builder:
         """Frames of a stream that the op does not read."""
         raise AssertionError(f"{value.name} is not read")
 
-    def columns(self, op: Op, taps: Taps, everything: bool, span: range) -> range:
-        """The frames of the keys that the queries `span` may read."""
+    def reached(self, op: Op, taps: Taps, everything: bool, span: range) -> range:
+        """The frames that an op reads for its outputs `span`, through these taps or from the first frame on."""
         stop = taps.hi(span.stop - 1) + 1
         start = stop - self.schedule.length(op.outputs[0], self.key.capacity) if everything else taps.lo(span.start)
         return range(start, stop)
@@ -755,10 +750,8 @@ def generate(plan: Plan, key: Key, device: torch.device, validity: bool = False)
             b.graph.erase_node(node)
     b.graph.lint()
     module = fx.GraphModule(_root(b.root), b.graph, class_name="StepProgram")
-    run = flatten(b.graph, b.root)
-    if key.folded:
-        lowered = Lowering(module, plan.constants, _arguments(b, plan, specs), device)
-        run = flatten(lowered.graph, lowered.tensors)
+    runs = Lowering(module, plan.constants, _arguments(b, plan, specs), device) if key.folded else None
+    run = flatten(runs.graph, runs.tensors) if runs else flatten(b.graph, b.root)
     return Program(module, run, spans, tuple(w for w in ("count", "length") if b.states[w].users))
 
 

@@ -246,7 +246,7 @@ def find_reach(evaluator: Evaluator, weights: Value, scores: bool = False) -> Re
         unbounded = unbounded or int((at - first).max()) > rows.stop - ROWS
         if ahead >= AHEAD // 2 or (stop == limit and rows.start == 0 and bool((last == stop - 1).all()) and stop > 1):
             raise NonLocal("attention over the whole clip")
-    alike = frozenset(v for v in parts if not _data(v) and _by_distance(evaluator, v, limit))
+    alike = frozenset(v for v in parts if not streams_of(v) and _by_distance(evaluator, v, limit))
     return Reach(None if unbounded else back, ahead, alike, limit)
 
 
@@ -282,10 +282,6 @@ def streams_of(value: Value) -> list[tuple[Value, bool]]:
             if not r.source.layout.paired and not positional(r.source):
                 found[r.source, i in v.producer.columns] = None
     return list(found)
-
-
-def _data(value: Value) -> bool:
-    return bool(streams_of(value))
 
 
 def _tables(value: Value) -> list[Op]:

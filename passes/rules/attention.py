@@ -52,7 +52,7 @@ def attention_over_time(call: Call) -> Fact:
         reach = find_reach(evaluator(call), mask, scores=True)
     layout = Layout((*query.layout.dims[:-1], value.layout[rank - 1]))
 
-    def lower(b: Any, op: Op, scope: Scope, _: Any) -> Any:
+    def lower(b: Any, op: Op, scope: Scope) -> Any:
         pairs = None if mask is None else evaluate(b, mask, scope)
         at = {name: scope.frames[v, name != "query"] for name, v in zip(names, (query, key, value), strict=True)}
         exists = scope.exists

@@ -46,7 +46,7 @@ def make(
     )
     op = call.graph.ops.pop()
     op.columns = frozenset(columns)
-    return Pair("pairs of frames are read outside of attention", value=value, data=bool(streams_of(value)))
+    return Pair("pairs of frames are read outside of attention", value=value)
 
 
 def same_clock(call: Call, values: Sequence[Value]) -> None:
@@ -221,7 +221,7 @@ def as_frames(call: Call) -> Fact:
     del call.graph.ops[known:]
     call.require(isinstance(value, Value) and value.layout.paired and value.layout.clean, "pairs of frames are folded")
     call.require(value.layout[value.layout.key] == (KEY,), "pairs of frames are folded")
-    return Pair("pairs of frames are read outside of attention", value=value, data=bool(streams_of(value)))
+    return Pair("pairs of frames are read outside of attention", value=value)
 
 
 @pair_rule(*overloads("softmax.int _softmax.default"))
@@ -345,7 +345,7 @@ def product(
     layout = Layout(tuple((TIME,) if x == row else dims[x] for x in result))
     order = [nodes[paired[0]], nodes[1 - paired[0]]]
 
-    def lower(b: Any, op: Op, scope: Scope, _: Any) -> Any:
+    def lower(b: Any, op: Op, scope: Scope) -> Any:
         node = b.where_exists(evaluate(b, weights, scope), weights.layout, 0, scope)
         windows = [
             Window(node, scope.rows.start, scope.rows.stop),
@@ -371,7 +371,7 @@ def summed_up(
         weights: zero, or so low that softmax makes it zero, where a query does not read a key; None if `reach` is all
             that is known.
         others: streams that are read besides, and whether at the keys.
-        lower: ``lower(builder, op, scope, [])``, with the frames of `others` in ``scope.frames``.
+        lower: ``lower(builder, op, scope)``, with the frames of `others` in ``scope.frames``.
 
     Raises:
         NonLocal: they reach to the end of the clip.
@@ -387,10 +387,10 @@ def summed_up(
     reads = [read(v, taps, fill=0.0, everything=everything) if at_keys else read(v) for v, at_keys in streams]
 
     def lowered(b: Any, op: Op, windows: list[Window], span: range, _: Any) -> Any:
-        scope = Scope(span, b.columns(op, taps, everything, span), alike=found.alike, limit=found.limit)
+        scope = Scope(span, b.reached(op, taps, everything, span), alike=found.alike, limit=found.limit)
         scope.frames.update({key: w.node for key, w in zip(streams, windows, strict=True)})
         scope.exists = b.existing(op, scope, masked=everything, back=back if found.back is None else None)
-        return lower(b, op, scope, [])
+        return lower(b, op, scope)
 
     clock = weights or others[0][0]
     value = call.emit(
@@ -458,17 +458,13 @@ def reduction(call: Call) -> Fact:
     summed = call.node.target is aten.sum.dim_IntList
     node = call.samples[0]["self"]
 
-    def lower(b: Any, op: Op, scope: Scope, _: Any) -> Any:
+    def lower(b: Any, op: Op, scope: Scope) -> Any:
         pairs = evaluate(b, x, scope)
         pairs = b.where_exists(pairs, x.layout, 0 if summed else torch.finfo(x.dtype).min, scope)
         window = Window(pairs, scope.rows.start, scope.rows.stop)
         return b.call(dataclasses.replace(op, stream_nodes=[node]), [window])
 
-    reach = (
-        None
-        if summed
-        else find_reach(Evaluator(call.constants, call.graph, call.node.meta["val"].device), x, scores=True)
-    )
+    reach = None if summed else find_reach(evaluator(call), x, scores=True)
     return summed_up(call, layout, x, [], lower, reach)
 
 
