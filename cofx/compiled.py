@@ -65,14 +65,15 @@ class Compiled:
     def _fingerprint(self) -> tuple[tuple[int, int], ...]:
         return tuple((id(t), t._version) for t in (*self.model.parameters(), *self.model.buffers()))
 
-    def renew(self) -> None:
-        """Take up parameters that have changed since programs were made.
+    def renew(self) -> bool:
+        """Take up parameters that have changed since programs were made, and tell whether any have.
 
         Raises:
             CompileError: a buffer has changed whose value decided what was traced; nothing is taken up then.
         """
         seen = self._fingerprint()
-        if seen != self._seen:
+        changed = seen != self._seen
+        if changed:
             now = tensors(self.model, self.plan.capture)
             for name, value in self.plan.capture.read.items():
                 if not torch.equal(now[name], value.to(now[name])):
@@ -88,6 +89,7 @@ class Compiled:
             self._accepted = None
             self.spec = InputSpec.of(self.plan)
         self._stale = False
+        return changed
 
     def _notice(self) -> None:
         """Warn, once, if parameters have changed from which a running program has folded constants."""

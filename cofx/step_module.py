@@ -453,8 +453,7 @@ class StepModule(nn.Module):
         Raises:
             CompileError: a buffer has changed whose value forward looked at (a flag, a stride): compile again.
         """
-        if self._compiled is not None:
-            self._compiled.renew()
+        if self._compiled is not None and self._compiled.renew():
             self._lane_programs = None
 
     def get_state(self, lanes: Any = None) -> dict[str, torch.Tensor]:
