@@ -81,13 +81,13 @@ class Compiled:
                         f"the buffer '{name}' has changed, and what forward does depends on its value\n"
                         "    try     compile the model again"
                     )
-            self._seen = seen
             self.plan.constants.renew(now)
             self.programs.clear()
             self._steady.clear()
             self._parameters = list(self.model.parameters())
             self._accepted = None
             self.spec = InputSpec.of(self.plan)
+            self._seen = seen
         self._stale = False
         return changed
 
