@@ -109,7 +109,7 @@ class Lanes:
             state = self.grown(state, capacity)
         program = self.program(ticks, frames, capacity)
         given = [x.unsqueeze(0) for x in inputs] if self.batchless else list(inputs)
-        results, valid, tensors = program.module(*given, start, ready, length, *state.tensors)
+        results, valid, tensors = program.run(*given, start, ready, length, *state.tensors)
         leaves = []
         for leaf, out, tensor in zip(self.plan.outputs, program.outputs, results, strict=True):
             leaves.append(tensor.squeeze(0) if self.batchless and out.batch is not None and leaf.value else tensor)
