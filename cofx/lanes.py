@@ -180,7 +180,7 @@ class Lanes:
             outputs.append({**known, "equivalence": leaf.equivalence})
         return {"version": __version__, "fingerprint": self.fingerprint, **outputs[0], "outputs": outputs}
 
-    def layout(self, ticks: int, call: Callable[..., Any]) -> LaneLayout:
+    def layout(self, ticks: int, call: Callable[..., Any], mark: Callable[[], Callable[[], None]]) -> LaneLayout:
         """How the arrays of ``forward_steps`` look, for `LanePool`."""
         program, spec = self.program(ticks, False), self.spec
         inputs = []
@@ -198,7 +198,7 @@ class Lanes:
             return out
 
         outputs = [model_axes(self.plan, i, out) for i, out in enumerate(program.outputs)]
-        return LaneLayout(ticks, inputs, outputs, program.flush_calls, blank, torch.no_grad()(call), torch.clone)
+        return LaneLayout(ticks, inputs, outputs, program.flush_calls, blank, torch.no_grad()(call), torch.clone, mark)
 
     # -- states ------------------------------------------------------------------------------------------------------
 

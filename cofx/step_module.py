@@ -11,7 +11,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import Any, Concatenate, ParamSpec, TypeVar
+from typing import Any
 
 import torch
 from torch import nn
@@ -25,6 +25,7 @@ from .passes.errors import CaptureError
 from .passes.make_continual import make_continual
 from .passes.pipeline import Leaf, Plan, compile_plan
 from .report import Report, report
+from .runtime.alone import alone, in_use
 from .runtime.errors import InputError, StateError
 from .runtime.lane_layout import LaneLayout
 from .runtime.lane_state import LaneState, lane_indices, take_lanes
@@ -34,9 +35,6 @@ from .verification import Verification, verify
 
 MODES = ("forward", "forward_step", "forward_steps")
 TRIALS = (16, 32, 64, 128, 256, 512, 1024, 2048, 24, 48, 96, 192)  # clip lengths to trace with where none is given
-
-P = ParamSpec("P")
-R = TypeVar("R")
 
 _mode: contextvars.ContextVar[str | None] = contextvars.ContextVar("cofx_call_mode", default=None)
 
@@ -105,24 +103,6 @@ def compile(
     if example is not None:
         step.trace(*(example if isinstance(example, (tuple, list)) else (example,)))
     return step
-
-
-def alone(method: Callable[Concatenate[StepModule, P], R]) -> Callable[Concatenate[StepModule, P], R]:
-    """Refuse a call while another one is running. Python takes no signal and lets no other thread run between the test
-    and the store, nor between the store and the ``try``."""
-
-    @functools.wraps(method)
-    def guarded(self: StepModule, /, *args: P.args, **kwargs: P.kwargs) -> R:
-        here = self.__dict__
-        if here["_running"]:
-            raise _in_use()
-        here["_running"] = True
-        try:
-            return method(self, *args, **kwargs)
-        finally:
-            here["_running"] = False
-
-    return guarded
 
 
 @dataclass(frozen=True)
@@ -327,7 +307,7 @@ class StepModule(nn.Module):
         """
         here = self.__dict__  # as in `alone`, which would cost a call more
         if here["_running"]:
-            raise _in_use()
+            raise in_use()
         here["_running"] = True
         try:
             if not (start is None and ready is None and length is None):
@@ -449,7 +429,11 @@ class StepModule(nn.Module):
         ticks = programs.schedule.period if frames_per_step is None else frames_per_step
         if ticks < 1 or ticks % programs.schedule.period:
             raise InputError(f"frames_per_step is a multiple of {programs.schedule.period}, the model's period")
-        return programs.layout(ticks, self.forward_steps)
+        return programs.layout(ticks, self.forward_steps, self._mark)
+
+    def _mark(self) -> Callable[[], None]:
+        """Takes calls after this one back."""
+        return functools.partial(self.__dict__.update, _state=self._state, _lanes=self._lanes, _held=self._held)
 
     def _plan_alone(self, plan: Plan) -> Plan:
         """The model traced for a batch of one, which each lane then is: it fixes its batch size."""
@@ -723,13 +707,6 @@ class StepModule(nn.Module):
         period = compiled.plan.schedule.period
         module: torch.fx.GraphModule = compiled.program(Key(0, period, frames=period == 1)).module
         return module
-
-
-def _in_use() -> InputError:
-    return InputError(
-        "this step model is in the middle of a call, in another thread or further up in this one: give each thread a "
-        "step model of its own (compile the module once for each; parameters are shared), or feed a LanePool"
-    )
 
 
 def _info(plan: Plan, leaf: Leaf, changed: bool) -> OutputInfo:
