@@ -98,9 +98,12 @@ class Clock:
         )
 
     def resized(self, example: Sequence[torch.Tensor], point: Point) -> tuple[torch.Tensor, ...]:
-        """The example with another batch size and length, its frames repeated or cropped."""
+        """The example with another batch size and length, its frames repeated or cropped.
+
+        Contiguous: from a part of a longer clip torch.export takes its strides, and with them its length, for fixed.
+        """
         return tuple(
-            _tile(_tile(x, t, point.ticks * k), b, point.batch)
+            _tile(_tile(x, t, point.ticks * k), b, point.batch).contiguous()
             for x, t, b, k in zip(example, self.time_dims, self.batch_dims, self.frames, strict=True)
         )
 

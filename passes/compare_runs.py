@@ -28,9 +28,9 @@ from .capture import CONGRUENT, TRACING, Capture, Clock, as_for_inference, quiet
 from .errors import is_users, line_of
 from .symbolic_recurrence import symbolic_recurrence
 
-# how far ahead one looks for numbers that follow the length: by multiples of all strides, so that nothing is rounded,
-# unless the model cannot be run there or loops over the frames
-FOLLOWED = (CONGRUENT, 60)
+# how far ahead one looks for numbers that follow the length: by a multiple of all strides, so that nothing is rounded,
+# or less far (behind, at last) where a table ends or frames are looped over
+FOLLOWED = (60, 12, 4, 2, 1, -1, -2, -4)
 KEPT_RUNS = 64
 MORE_CALLS = 4  # a run with so many times the calls of the traced one is not seen to its end
 # how far ahead a trace with open length is looked at, in steps of `CONGRUENT` ticks
@@ -145,7 +145,7 @@ class Runs:
             if base is None:
                 return None
             moving: set[Place] = set()
-            for ahead in (*FOLLOWED, self.traced):
+            for ahead in (CONGRUENT, *FOLLOWED) if self.captured.symbolic_time else FOLLOWED:
                 far, farther = self.at(self.traced + ahead), self.at(self.traced + 3 * ahead)
                 if far is None or farther is None or far.cut or farther.cut:
                     continue

@@ -8,6 +8,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import cofx
+from cofx.runtime import OnnxStep
 from models.sample import Net
 
 X = torch.randn(1, 3, 400, generator=torch.Generator().manual_seed(0))
@@ -123,3 +124,36 @@ def test_a_model_without_branches_is_not_asked_again() -> None:
     for n in range(101, 151):
         step.forward_steps(X[:, :, n : n + 1], pad_end=True)
     assert time.perf_counter() - before < 10
+
+
+@pytest.mark.parametrize(("entries", "example"), [(14, 12), (12, 12), (13, 12), (14, 7), (40, 12), (400, 12)])
+def test_a_table_is_read_to_its_end(entries: int, example: int, tmp_path) -> None:
+    """However few entries there are beyond the example: step by step, in lanes and in a file."""
+
+    class Table(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.table = nn.Parameter(torch.randn(1, 3, entries))
+            self.conv = nn.Conv1d(3, 3, 3, padding=1)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            y = self.conv(x)
+            return y + self.table[:, :, : y.shape[2]]
+
+    model, x = Table().eval(), torch.randn(2, 3, entries + 1)
+    step = cofx.compile(model, x[:, :, :example])
+    assert step.equivalence == "stream"
+    with torch.no_grad():
+        whole = model(x[:, :, :entries])
+        torch.testing.assert_close(step.forward_steps(x[:, :, :entries], pad_end=True), whole)
+        with pytest.raises(cofx.InputError, match="longer than a table"):
+            step.forward_steps(x[:, :, entries:])
+        step.clean_state()
+        step.to_onnx(tmp_path / "step.onnx")
+        mine = OnnxStep(tmp_path / "step.onnx")
+        got = mine.forward_steps(x[:, :, :entries].numpy(), pad_end=True)
+        torch.testing.assert_close(torch.from_numpy(got), whole, rtol=1e-4, atol=1e-5)
+        for t in range(entries):
+            step.forward_step(x[:, :, t], ready=[True, True])
+        with pytest.raises(cofx.InputError, match="longer than a table"):
+            step.forward_step(x[:, :, entries], ready=[True, True])
