@@ -120,7 +120,8 @@ class KnownValues(TorchFunctionMode):
 
 def _is_real(tensor: torch.Tensor) -> bool:
     """Whether a tensor has values while everything of the model's is traced: it was made outside of it (a constant)."""
-    plain = type(tensor) is torch.Tensor and not torch._is_functional_tensor(tensor)
+    wrapped = torch._is_functional_tensor(tensor) or torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+    plain = type(tensor) is torch.Tensor and not wrapped
     return plain and not tensor.requires_grad and not tensor.is_meta and tensor.numel() <= MOST
 
 

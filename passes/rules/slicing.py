@@ -339,7 +339,8 @@ class _LatePositions(nn.Module):
         """(batch, channels, time): positions by tables, of a stream that comes late; one table begins again."""
         y: torch.Tensor = self.conv(x)
         at = torch.arange(y.shape[2])
-        return y + self.table(at).T + self.turn[at % 2].T
+        y = y + self.table(at).T + self.turn[at % 2].T
+        return y
 
 
 class _ChosenChannels(nn.Module):
