@@ -117,6 +117,8 @@ def needs(node: fx.Node, demand: Demand) -> dict[fx.Node, Demand] | None:
         return {args["indices"]: demand}
     if packet == "scaled_dot_product_attention" and d == rank - 2 and not args.get("is_causal"):
         mask = args.get("attn_mask")
+        if args["query"] in (args["key"], args["value"], mask):  # of which all is needed
+            return None
         part = _aligned(mask, rank, demand) if isinstance(mask, fx.Node) else None
         return {args["query"]: demand, **({mask: part} if part is not None else {})}
     if packet in ("matmul", "bmm") and d == rank - 2:
