@@ -24,7 +24,7 @@ from .passes.codegen.graph_module import Key
 from .passes.errors import CaptureError
 from .passes.make_continual import make_continual
 from .passes.pipeline import Leaf, Plan, compile_plan
-from .report import Report, report
+from .report import Report, report, tell_ptflops
 from .runtime.alone import alone, in_use
 from .runtime.errors import InputError, StateError
 from .runtime.lane_layout import LaneLayout
@@ -276,7 +276,7 @@ class StepModule(nn.Module):
 
     def forward(self, *inputs: Any, **kwargs: Any) -> Any:
         """``model(*inputs)``; or a step or steps, if `call_mode` says so."""
-        mode = _mode.get() or self._call_mode or "forward"
+        mode = self.call_mode
         if mode == "forward_step":
             return self.forward_step(*inputs, **kwargs)
         if mode == "forward_steps":
@@ -653,7 +653,7 @@ class StepModule(nn.Module):
     @property
     def call_mode(self) -> str:
         """What calling this model does: "forward", "forward_step" or "forward_steps"."""
-        return self._call_mode or "forward"
+        return _mode.get() or self._call_mode or "forward"
 
     @call_mode.setter
     def call_mode(self, mode: str | None) -> None:
@@ -707,6 +707,9 @@ class StepModule(nn.Module):
         period = compiled.plan.schedule.period
         module: torch.fx.GraphModule = compiled.program(Key(0, period, frames=period == 1)).module
         return module
+
+
+tell_ptflops(StepModule)
 
 
 def _info(plan: Plan, leaf: Leaf, changed: bool) -> OutputInfo:

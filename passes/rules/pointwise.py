@@ -6,7 +6,7 @@ import torch
 from torch import fx, nn
 
 from ..layout import TIME, Dim, Layout, dim
-from ..registry import Call, Fact, Sample, Static, lower_call, note, overloads, rule
+from ..registry import Call, Fact, Sample, lower_call, note, overloads, rule
 from ..stream_graph import Value, read
 
 aten = torch.ops.aten
@@ -117,14 +117,6 @@ def softmax(call: Call) -> Fact:
     x = call.stream("self")
     call.require(call.arg("dim") % len(x.layout) != x.layout.time, "softmax over the time axis")
     return call.framewise(x.layout)
-
-
-@rule(aten.embedding.default)
-def embedding(call: Call) -> Fact:
-    """Each index becomes a vector: one more dimension at the end."""
-    x = call.stream("indices")
-    call.require(isinstance(call.fact(call.samples[0]["weight"]), Static), "its table depends on time")
-    return call.framewise(Layout((*x.layout.dims, call.static_layout(call.samples[0]["weight"])[1])))
 
 
 note(aten.rrelu.default, draws_in_training=True)
