@@ -266,7 +266,7 @@ class Compiled:
         """What is still due if the stream ends here: frames of each output leaf."""
         schedule = self.plan.schedule
         ticks = 0
-        self._as_traced(state.count)
+        self.check_end(state.count)
         for leaf in self.plan.outputs:
             if leaf.value is not None:
                 end = schedule.length(leaf.value, state.count)
@@ -277,7 +277,7 @@ class Compiled:
         parts, _ = self.advance(state, self.spec.zeros(templates, ticks), ticks, state.count, frames=False)
         return [p if leaf.value is not None else [] for p, leaf in zip(parts, self.plan.outputs, strict=True)]
 
-    def _as_traced(self, ticks: int) -> None:
+    def check_end(self, ticks: int) -> None:
         """Raise if the model, run offline on so many ticks, does otherwise than where it was traced."""
         capture, schedule = self.plan.capture, self.plan.schedule
         streams = [

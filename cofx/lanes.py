@@ -52,6 +52,7 @@ class Lanes:
         self.batchless = all(b is None for b in self.plan.clock.batch_dims)
         self.programs: dict[tuple[int, bool, bool, int], LaneProgram] = {}
         self.grows = bool(self.schedule.growing)
+        self.ends: set[int] = set()  # lengths at which a stream may end
         self.tails: dict[int, int] = {}  # for ticks per call, those that a stream may take after its end
 
     def program(self, ticks: int, frames: bool, capacity: int = 0) -> LaneProgram:
@@ -102,6 +103,8 @@ class Lanes:
                 f"each. Call forward_steps with {s} frames, or a multiple"
             )
         start, ready, length = self._controls(controls, state.lanes)
+        if controls.get("length") is not None:
+            self._ends_as_traced(state, start, ready, length)
         if self.compiled.tables:
             self._within_tables(state, ticks, start, ready, length)
         capacity = self._capacity(state, ticks, start, ready, length) if self.grows else 0
@@ -147,6 +150,20 @@ class Lanes:
         wanted = torch.minimum(before[:, :1] + ticks, last)
         most = int(torch.where(ready, wanted, 0).max())
         return max(state.capacity, self.compiled.capacity(most))
+
+    def _ends_as_traced(self, state: LaneState, start: torch.Tensor, ready: torch.Tensor, length: torch.Tensor) -> None:
+        """Raise if a lane is told to end where the model, run offline, does otherwise than where it was traced."""
+        before = torch.where(start, 0, state.tensors[0])
+        told = ready & (length >= 0) & (before[:, 1:] == 0)
+        for lane in told[:, 0].nonzero()[:, 0].tolist():
+            end = max(int(length[lane]), int(before[lane, 0]))
+            if end in self.ends or end == 0:
+                continue
+            try:
+                self.compiled.check_end(end)
+            except InputError as error:
+                raise LaneError(lane, str(error)) from error
+            self.ends.add(end)
 
     def _within_tables(
         self, state: LaneState, ticks: int, start: torch.Tensor, ready: torch.Tensor, length: torch.Tensor

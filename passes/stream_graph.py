@@ -289,7 +289,9 @@ def read(
                 at_start = taps.shifted(offset)
                 reach = -at_start.lo(0) if view.fill.mode == "reflect" else 0
                 wait = max(wait, reach - at_start.hi(0)) if at_start.lo(0) < 0 else wait
-                keep = max(keep, (2 if view.fill.mode == "reflect" else 1) * view.fill.right)
+                keep += (
+                    2 if view.fill.mode == "reflect" else 1
+                ) * view.fill.right  # one pad's end may lie in another's
         value = view.source
     # shifts are relative to the index of the value that is finally read
     return Read(

@@ -273,3 +273,77 @@ def test_the_bytes_of_a_state_that_needs_no_warm_up() -> None:
     step.forward_step(torch.randn(1, 3))
     kept = [t for name, t in step.get_state().items() if name.startswith("state_")]
     assert step.report().state_bytes == sum(t.numel() * t.element_size() for t in kept) == 24
+
+
+def in_lanes(step: cofx.StepModule, x: torch.Tensor, length: int) -> torch.Tensor:
+    """All that a stream gives as a lane, a period at a time, its end told with its last frames."""
+    period, parts = step.compiled.plan.schedule.period, []
+    for t in range(0, length + 40, period):
+        chunk = torch.full((1, x.shape[1], period), torch.nan)
+        there = x[:, :, t : min(t + period, length)]
+        chunk[:, :, : there.shape[2]] = there
+        y, valid = step.forward_steps(chunk, ready=[True], length=[length if t + period >= length else -1])
+        parts.append(y[:, :, valid[0]])
+    return torch.cat(parts, 2)
+
+
+def test_a_lane_does_not_end_where_the_model_does_otherwise() -> None:
+    model = Of(lambda m, x: F.interpolate(m.conv(x), size=x.shape[2]), conv=nn.Conv1d(3, 3, 3, 2, 1))
+    step = cofx.compile(model, X[:, :, :20])
+    torch.testing.assert_close(in_lanes(step, X, 24), model(X[:, :, :24]))
+    step.clean_state()
+    with pytest.raises(cofx.InputError, match="lane 0: .*cannot end here"):
+        in_lanes(step, X, 21)
+
+
+def test_frames_before_the_first_do_not_come_the_short_way() -> None:
+    """A second stream takes the steps that the first has made, and has to wait as it did."""
+    model = Of(lambda m, x: x.tanh()[:, :, 1:-3])
+    step = cofx.compile(model, X[:, :, :9])
+    for _ in range(2):
+        got = [step.forward_step(X[:, :, t]) for t in range(8)]
+        assert [y is None for y in got] == [True] * 4 + [False] * 4
+        step.clean_state()
+
+
+@pytest.mark.parametrize("mode", ["replicate", "reflect"])
+def test_a_pad_of_a_pad_at_the_end_of_a_lane(mode: str) -> None:
+    """The frame that is repeated lies as far back as both pads together."""
+    model = Of(lambda m, x: F.pad(F.pad(x, (0, 1), mode=mode), (0, 2), mode=mode))
+    torch.testing.assert_close(in_lanes(cofx.compile(model, X[:, :, :9]), X, 14), model(X[:, :, :14]))
+
+
+def test_two_slices_on_one_line_follow_the_length() -> None:
+    """At different rates, in a model whose length is fixed in the trace."""
+
+    def cut(x: torch.Tensor, end: int, step: int) -> torch.Tensor:
+        return x[:, :, : x.shape[2] - end : step]
+
+    def forward(m: nn.Module, x: torch.Tensor) -> torch.Tensor:
+        F.pad(cut(x, 2, 1), (0, 0), mode="replicate")  # fixes it
+        return F.max_pool1d(cut(m.conv(x), 3, 2), 3, 1)
+
+    model = Of(forward, conv=nn.Conv1d(3, 3, 2, 2, 4, 2))
+    step = cofx.compile(model, X[:, :, :13])
+    for length in (19, 26, 27):
+        step.clean_state()
+        torch.testing.assert_close(step.forward_steps(X[:, :, :length], pad_end=True), model(X[:, :, :length]))
+
+
+def test_an_example_that_is_part_of_a_longer_clip() -> None:
+    """torch.export takes the strides of such a tensor, and with them its length, for fixed."""
+    model = Of(lambda m, x: x + m.table.weight.t()[:, : x.shape[2]], table=nn.Embedding(14, 3))
+    step = cofx.compile(model, X[:, :, :12])
+    torch.testing.assert_close(step.forward_steps(X[:, :, :14]), model(X[:, :, :14]))
+
+
+def test_lane_programs_outlive_a_clean_state() -> None:
+    step = cofx.compile(nn.Conv1d(3, 4, 3, padding=1), X[:, :, :9])
+    step.forward_step(X[:, :, 0], ready=[True])
+    programs = step._programs()
+    step.clean_state()
+    assert step._programs() is programs
+    with torch.no_grad():
+        step.model.weight.mul_(2)
+    step.clean_state()
+    torch.testing.assert_close(in_lanes(step, X, 9), step.model(X[:, :, :9]))

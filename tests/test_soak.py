@@ -105,7 +105,7 @@ def test_onnx(made, steps: int) -> None:
     soak(lambda x: tensors(mine.forward_steps(numpy(x))), step.model, steps, 2)
 
 
-FAR = [2**31, 2**32, 2**53, 2**61]
+FAR = [2**31, 2**32, 2**39]
 
 
 @pytest.mark.parametrize("far", FAR)
