@@ -58,7 +58,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[cofx.StepModule, Pat
 def soak(take: Any, model: nn.Module, steps: int, at_once: int) -> None:
     """Calls of a step or two; now and then, and at the end, the last frames against those of the offline model."""
     cycle = [frames(t, t + at_once)[:, :, 0] if at_once == 1 else frames(t, t + at_once) for t in range(0, 70, at_once)]
-    expected = model(frames(0, 140))
+    expected = model(frames(0, 210))
     last: list[Tensor] = []
     before = 0
     for n in range(0, steps, at_once):
