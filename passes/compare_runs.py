@@ -145,7 +145,7 @@ class Runs:
             if base is None:
                 return None
             moving: set[Place] = set()
-            for ahead in (*FOLLOWED, self.traced):
+            for ahead in (*FOLLOWED, self.traced, (self.traced + 1) // 2):
                 far, farther = self.at(self.traced + ahead), self.at(self.traced + 3 * ahead)
                 if far is None or farther is None or far.cut or farther.cut:
                     continue
