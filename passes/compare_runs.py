@@ -29,7 +29,7 @@ from .errors import is_users, line_of
 from .symbolic_recurrence import symbolic_recurrence
 
 # how far ahead one looks for numbers that follow the length: by a multiple of all strides, so that nothing is rounded,
-# or less far (behind, at last) where a table ends or frames are looped over
+# by a clip or half of one, or less far (behind, at last) where a table ends or frames are looped over
 FOLLOWED = (60, 12, 4, 2, 1, -1, -2, -4)
 KEPT_RUNS = 64
 MORE_CALLS = 4  # a run with so many times the calls of the traced one is not seen to its end
@@ -145,7 +145,8 @@ class Runs:
             if base is None:
                 return None
             moving: set[Place] = set()
-            for ahead in (CONGRUENT, *FOLLOWED) if self.captured.symbolic_time else FOLLOWED:
+            steps = (self.traced, (self.traced + 1) // 2, *FOLLOWED)
+            for ahead in (CONGRUENT, *steps) if self.captured.symbolic_time else steps:
                 far, farther = self.at(self.traced + ahead), self.at(self.traced + 3 * ahead)
                 if far is None or farther is None or far.cut or farther.cut:
                     continue

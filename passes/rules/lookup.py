@@ -20,8 +20,10 @@ def embedding(call: Call) -> Fact:
     x = call.stream("indices")
     weight, node = call.samples[0]["weight"], call.samples[0]["indices"]
     call.require(isinstance(call.fact(weight), Static), "its table depends on time")
-    layout = Layout((*x.layout.dims, call.static_layout(weight)[1]))
-    return call.emit(layout, [read(x)], length_of=[x], lower=_within(weight, {node: 0}), masked_until=1)
+    return call.emit(
+        Layout((*x.layout.dims, call.static_layout(weight)[1])), [read(x)], length_of=[x],
+        lower=_within(weight, {node: 0}), masked_until=int(x.indexed),
+    )  # fmt: skip
 
 
 @rule(aten.index.Tensor)
@@ -39,7 +41,8 @@ def index(call: Call) -> Fact:
         result = Layout((*layout.dims[: at[0]], *inner, *layout.dims[at[-1] + 1 :]))
         return call.emit(
             result, [read(v) for v in streams.values()], length_of=[next(iter(streams.values()))],
-            nodes=list(streams), lower=_within(node, dict(zip(given, at, strict=True)), negative=True), masked_until=1,
+            nodes=list(streams), lower=_within(node, dict(zip(given, at, strict=True)), negative=True),
+            masked_until=int(any(v.indexed for v in streams.values())),
         )  # fmt: skip
     x = call.stream("self")
     call.require(all(isinstance(call.fact(n), Static) for n in given), "indices that depend on time")
@@ -105,8 +108,7 @@ def gather(call: Call) -> Fact:
     axis = call.arg("dim") % len(at.layout)
     if x is None:
         call.require(axis == at.layout.time, "a table lies along the time axis")
-        lower = _within(call.samples[0]["self"], {call.samples[0]["index"]: axis})
-        return call.emit(at.layout, [read(at)], length_of=[at], lower=lower, masked_until=1)
+        return call.framewise(at.layout, [at], _within(call.samples[0]["self"], {call.samples[0]["index"]: axis}))
     call.require(axis != x.layout.time, "frames are read at indices that depend on the data")
     if x.layout[x.layout.time] != at.layout[at.layout.time]:
         x, at = call.ungroup(x), call.ungroup(at)
