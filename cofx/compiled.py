@@ -93,6 +93,8 @@ class Compiled:
 
     def _notice(self) -> None:
         """Warn, once, if parameters have changed from which a running program has folded constants."""
+        if torch.compiler.is_dynamo_compiling():
+            return
         folded = self.plan.constants.folded
         if not self._stale and any(t._version != version for t, version in folded.values()):
             self._stale = True
@@ -150,8 +152,9 @@ class Compiled:
         self._notice()
         phase = count % self._period
         if phase not in self._steady:
-            program = self.program(Key(phase, 1, frames=True))
-            self._steady[phase] = None if program.wants else program.run
+            if torch.compiler.is_dynamo_compiling():
+                return None
+            self.steady_program(phase)
         run = self._steady[phase]
         if run is None:
             return None
@@ -163,6 +166,12 @@ class Compiled:
         else:
             out = self.pack(list(outputs), stacked=False)
         return out, StreamState(count + 1, after, batch)
+
+    def steady_program(self, phase: int) -> None:
+        """Make the program of a step in mid-stream."""
+        if phase not in self._steady:
+            program = self.program(Key(phase, 1, frames=True))
+            self._steady[phase] = None if program.wants else program.run
 
     def advance(
         self, state: StreamState, inputs: Sequence[torch.Tensor], ticks: int, length: int | None, frames: bool

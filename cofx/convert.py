@@ -180,7 +180,7 @@ def read(path: Path) -> NDArray[Any]:
             found: NDArray[Any] = np.load(path, allow_pickle=False)
             return found
         if path.suffix in (".wav", ".flac", ".ogg"):
-            import soundfile  # type: ignore[import-not-found, unused-ignore]
+            import soundfile  # type: ignore[import-not-found, import-untyped, unused-ignore]
 
             sound: NDArray[Any] = soundfile.read(path, dtype="float32", always_2d=True)[0].T
             return sound

@@ -37,15 +37,18 @@ MODES = ("forward", "forward_step", "forward_steps")
 TRIALS = (16, 32, 64, 128, 256, 512, 1024, 2048, 24, 48, 96, 192)  # clip lengths to trace with where none is given
 
 _mode: contextvars.ContextVar[str | None] = contextvars.ContextVar("cofx_call_mode", default=None)
+_modes: dict[int, str] = {}  # in use anywhere: where there is none, torch.compile need not trace a ContextVar
 
 
 @contextlib.contextmanager
 def call_mode(mode: str) -> Iterator[None]:
     """Within this context, calling a step model runs `mode`: "forward", "forward_step" or "forward_steps". Nests."""
     token = _mode.set(_known_mode(mode))
+    _modes[id(token)] = mode
     try:
         yield
     finally:
+        del _modes[id(token)]
         _mode.reset(token)
 
 
@@ -305,6 +308,8 @@ class StepModule(nn.Module):
             With `start`, `ready` or `length` given, ``(y, valid)``: `valid` has the structure of `y` and tells for each
             lane, shape (batch,) or (batch, frames) for an output with time axis, whether `y` holds a frame.
         """
+        if torch.compiler.is_dynamo_compiling():
+            return self._traced_step(frames, update_state, start=start, ready=ready, length=length)
         here = self.__dict__  # as in `alone`, which would cost a call more
         if here["_running"]:
             raise in_use()
@@ -329,6 +334,27 @@ class StepModule(nn.Module):
             return out
         finally:
             here["_running"] = False
+
+    def _traced_step(self, frames: tuple[torch.Tensor, ...], update_state: bool, **lanes: Any) -> Any:
+        """A step within `torch.compile`: in mid-stream it is traced, else it runs as it is, after a graph break."""
+        if self._compiled is not None and all(v is None for v in lanes.values()):
+            # the count of frames is no constant of the module, for which dynamo would take it
+            with torch._dynamo.patch_dynamo_config(allow_unspec_int_on_nn_module=True):
+                done = self._compiled.steady_step(self._state, frames)
+                if done is not None:
+                    if update_state:
+                        self._go_on(done[1], frames)
+                    return done[0]
+        return self._untraced_step(*frames, update_state=update_state, **lanes)
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator, unused-ignore]
+    def _untraced_step(self, *frames: torch.Tensor, **options: Any) -> Any:
+        out = self.forward_step(*frames, **options)
+        if torch.is_grad_enabled() or self._lanes is not None:
+            return out
+        for phase in range(self.compiled.plan.schedule.period):  # what is made while dynamo looks on is compiled anew
+            self.compiled.steady_program(phase)
+        return out
 
     def _go_on(self, state: StreamState, inputs: Sequence[torch.Tensor], lanes: LaneState | None = None) -> None:
         """The stream has moved: the last thing that a call does. These are plain stores, between which Python takes no
@@ -653,7 +679,7 @@ class StepModule(nn.Module):
     @property
     def call_mode(self) -> str:
         """What calling this model does: "forward", "forward_step" or "forward_steps"."""
-        return _mode.get() or self._call_mode or "forward"
+        return (_mode.get() if _modes else None) or self._call_mode or "forward"
 
     @call_mode.setter
     def call_mode(self, mode: str | None) -> None:

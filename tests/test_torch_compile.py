@@ -10,8 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
+from torch._dynamo.utils import counters
 from torch.utils.flop_counter import FlopCounterMode
 
+import cofx
 from cofx.runtime.errors import InputError
 from cofx.torch_compile import backend
 
@@ -242,3 +244,43 @@ def test_it_is_found_without_importing_cofx(tmp_path: Path) -> None:
     done = subprocess.run([sys.executable, "-c", program], env={**os.environ, "PYTHONPATH": path}, cwd=tmp_path,
                           capture_output=True, text=True)  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]
+
+
+# -- the step model itself, given to torch.compile -----------------------------------------------------------------
+
+
+class Halved(nn.Module):
+    """Two phases, a residual and a memory."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.down = nn.Conv1d(3, 4, 3, padding=1), nn.Conv1d(4, 4, 2, stride=2)
+        self.memory = nn.GRU(4, 4, batch_first=True)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.first(x)
+        return self.memory(self.down(y.relu() + y).mT)[0].mT
+
+
+@pytest.mark.parametrize("warm", [20, 0])
+@pytest.mark.parametrize("call", ["module", "method"])
+def test_a_step_model_compiled_by_inductor(call: str, warm: int) -> None:
+    """One graph for each phase and one to begin with, and no more over 1000 steps; breaks in the first frames alone."""
+    x = torch.randn(2, 3, 1024)
+    step = cofx.compile(Halved().eval(), x[:, :, :16])
+    frames = [f.contiguous() for f in x.unbind(2)]
+    parts = [step.forward_step(f) for f in frames[:warm]]
+    step.call_mode = "forward_step"
+    fast = torch.compile(step if call == "module" else step.forward_step, fullgraph=warm > 0)
+    counters.clear()
+    parts += [fast(f) for f in frames[warm : warm + 10]]
+    assert counters["stats"]["unique_graphs"] <= 3
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        parts += [fast(f) for f in frames[warm + 10 :]]
+    assert (sum(counters["graph_break"].values()) == 0) == (warm > 0)
+    got = torch.stack([y for y in parts if y is not None], 2)
+    wanted = step.model(x)
+    torch.testing.assert_close(got, wanted[:, :, : got.shape[2]], rtol=1e-4, atol=1e-5)
+    step.call_mode = None
+    assert int(step.get_state()["count"]) == 1024
+    torch.testing.assert_close(step.flush(), wanted[:, :, got.shape[2] :], rtol=1e-4, atol=1e-5)
