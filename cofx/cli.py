@@ -317,6 +317,7 @@ def convert(
     time_dim: TimeDim = "2", kwargs: Kwargs = None, checkpoint: Checkpoint = None, strict: Strict = True,
     trust_pickle: Trust = False, equivalence: Equivalence = None, as_json: AsJson = False,
     frames_per_step: Annotated[int | None, typer.Option(help="frames per call; default the model's period")] = None,
+    quantize: Annotated[str | None, typer.Option(help="int8: weights in 8 bits, for one stream")] = None,
 ) -> None:  # fmt: skip
     """Write step.onnx, step.pt2, step.json and a README, and verify them. Nothing is left behind if that fails."""
     from .convert import convert as write
@@ -325,7 +326,7 @@ def convert(
         source = _source(model, input, time_dim, kwargs, checkpoint, strict, trust_pickle, equivalence)
         step = source.compile()
         clips = _noise(step, None)
-        result = write(step, output, clips, frames_per_step, lambda path: _compare_onnx(step, path, clips))
+        result = write(step, output, clips, frames_per_step, quantize, lambda path: _compare_onnx(step, path, clips))
         if as_json:
             print(json.dumps(result))
         else:

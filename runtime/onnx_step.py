@@ -348,6 +348,11 @@ class OnnxStep:
             shape[time] = frames
         return shape
 
+    def whole_calls(self, chunks: Sequence[Array]) -> list[Array]:
+        """As many of these frames as make whole calls."""
+        ticks = self._ticks(chunks)
+        return self._part(chunks, 0, ticks - ticks % self.frames_per_step)
+
     def _part(self, chunks: Sequence[Array], start: int, ticks: int) -> list[Array]:
         out = []
         for x, info, rate in zip(chunks, self.meta["inputs"], self._rates, strict=True):

@@ -36,6 +36,11 @@ MODELS = """
         def forward(self, x):
             return x if x.sum().item() > 0 else -x
 
+    class Video(nn.Module):
+        def forward(self, x):
+            y = x.mean((1, 3, 4))[:, None]
+            return (y[:, :, 1:] + y[:, :, :-1]) / 2
+
     class Stateful(nn.Module):
         def __init__(self):
             super().__init__()
@@ -145,6 +150,14 @@ def test_convert_writes_all_and_run_streams_a_recording(folder: Path) -> None:
                        code=1)["onnx"]["exact"]  # fmt: skip
 
 
+def test_convert_to_int8(folder: Path) -> None:
+    done = as_json("convert", "cli_models:Net", "--kwargs", '{"width": 64}', *SHAPE, "-o", "out", "--quantize", "int8")
+    assert 0 < done["onnx"]["difference"] < 0.1
+    assert json.loads((folder / "out/step.json").read_text())["quantized"]["kind"] == "int8"
+    cofx("convert", "cli_models:Net", *SHAPE, "-o", "other", "--quantize", "int3", code=2)
+    assert not (folder / "other").exists()
+
+
 @pytest.mark.parametrize("failure", [RuntimeError("out of disk"), KeyboardInterrupt()], ids=str)
 def test_a_conversion_that_fails_leaves_what_was_there(folder: Path, monkeypatch, failure: BaseException) -> None:
     (folder / "out").mkdir()
@@ -166,6 +179,39 @@ def test_run_tells_bad_files(folder: Path) -> None:
     cofx("run", "bad.onnx", "--input", "x.npy", code=2)
     cofx("run", "missing.onnx", "--input", "x.npy", code=2)
     assert not (folder / "output.npy").exists()
+
+
+def test_run_on_sound(folder: Path) -> None:
+    soundfile = pytest.importorskip("soundfile")
+    sound = np.random.default_rng(0).uniform(-0.5, 0.5, (4001, 3)).astype("float32")
+    soundfile.write("x.wav", sound, 8000, subtype="FLOAT")
+    as_json("convert", "cli_models:Net", *SHAPE, "-o", "out")
+    assert as_json("run", "out/step.onnx", "--input", "x.wav", "-o", "y.npy")["shape"] == [1, 2, 2000]
+    np.save("x.npy", sound.T)
+    as_json("run", "out/step.onnx", "--input", "x.npy", "-o", "z.npy")
+    np.testing.assert_array_equal(np.load("y.npy"), np.load("z.npy"))
+    Path("bad.wav").write_bytes(b"RIFF0000")
+    assert "bad.wav cannot be read" in cofx("run", "out/step.onnx", "--input", "bad.wav", code=2).stderr
+    soundfile.write("mono.wav", sound[:, 0], 8000)
+    assert "expected" in cofx("run", "out/step.onnx", "--input", "mono.wav", "-o", "none.npy", code=2).stderr
+    assert not Path("none.npy").exists()
+
+
+def test_run_on_video(folder: Path) -> None:
+    av = pytest.importorskip("av")
+    with av.open("x.mp4", "w") as file:
+        stream = file.add_stream("mpeg4", rate=10)
+        stream.width, stream.height, stream.pix_fmt = 32, 16, "yuv420p"
+        for t in range(9):
+            image = np.full((16, 32, 3), 20 * t, np.uint8)
+            file.mux(stream.encode(av.VideoFrame.from_ndarray(image, format="rgb24")))
+        file.mux(stream.encode())
+    as_json("convert", "cli_models:Video", "--input", "1x3x6x16x32", "-o", "out")
+    assert as_json("run", "out/step.onnx", "--input", "x.mp4", "-o", "y.npy")["shape"] == [1, 1, 8]
+    brightness = np.load("y.npy")[0, 0]
+    np.testing.assert_allclose(brightness, (np.arange(8) + 0.5) * 20 / 255, atol=0.02)
+    Path("bad.mp4").write_bytes(Path("x.mp4").read_bytes()[:100])
+    assert "bad.mp4 cannot be read" in cofx("run", "out/step.onnx", "--input", "bad.mp4", code=2).stderr
 
 
 # -- checkpoints ---------------------------------------------------------------------------------------------------

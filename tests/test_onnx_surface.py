@@ -306,3 +306,25 @@ print(step.forward_steps(np.ones((2, 3, 8), np.float32), pad_end=True)["deep"].s
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == "(2, 4, 4)"
+
+
+def test_int8_weights(tmp_path, capsys) -> None:
+    """For one stream, with float states; the error is told."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv1d(3, 64, 5, padding=2), nn.ReLU(), nn.Conv1d(64, 128, 3), nn.Conv1d(128, 4, 1)).eval()
+    step = cofx.compile(model, X)
+    step.to_onnx(tmp_path / "full.onnx", dynamic_batch=False)
+    step.to_onnx(tmp_path / "small.onnx", quantize="int8")
+    assert sorted(os.listdir(tmp_path)) == ["full.onnx", "small.onnx"]
+    assert os.path.getsize(tmp_path / "small.onnx") < 0.5 * os.path.getsize(tmp_path / "full.onnx")
+    mine = OnnxStep(tmp_path / "small.onnx")
+    told = mine.meta["quantized"]
+    assert 0 < told["difference"] < 0.05 * told["largest"]
+    assert f"{told['difference']:.3g}" in capsys.readouterr().out
+    got, wanted = mine.forward_steps(X[:1].numpy(), pad_end=True), model(X[:1]).numpy()
+    assert np.abs(got - wanted).max() < 0.05 * np.abs(wanted).max()
+    assert {v.dtype for k, v in mine.get_state().items() if k != "position"} == {np.dtype("float32")}
+    with pytest.raises(cofx.InputError, match="batch of 1"):
+        OnnxStep(tmp_path / "small.onnx").forward_steps(X.numpy())
+    with pytest.raises(cofx.InputError, match="quantize is one of"):
+        step.to_onnx(tmp_path / "other.onnx", quantize="int4")
