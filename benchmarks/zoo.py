@@ -19,6 +19,7 @@ Each model runs in a process of its own with a time limit. The columns:
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import multiprocessing
 import os
@@ -147,6 +148,7 @@ def main() -> None:
     parser.add_argument("words", nargs="*", help="only models whose names hold one of these")
     parser.add_argument("--packages", help="a folder with the public packages")
     parser.add_argument("--limit", type=float, default=180, help="seconds for each model")
+    parser.add_argument("--resume", action="store_true", help="only models of which the results have no row")
     parser.add_argument("--here", action="store_true", help="in this process, and with the traceback")
     arguments = parser.parse_args()
     if arguments.packages:
@@ -155,18 +157,43 @@ def main() -> None:
     prepare_imports()
     words = arguments.words
     entries = [e for e in ENTRIES.values() if not words or any(w.lower() in e.name.lower() for w in words)]
+    known = kept_rows() if arguments.resume else {}
     rows = []
-    for entry in entries:
+    for entry in (e for e in entries if e.name not in known):
+        import_package(entry)
         row = measure(entry) if arguments.here else run(entry, arguments.limit)
         rows.append(row)
         print(line(row), flush=True)
         if arguments.here and "trace" in row:
             print(row["trace"])
-    kept = {r["model"]: r for r in json.loads(RESULTS.read_text())} if RESULTS.exists() else {}
-    kept |= {r["model"]: {k: v for k, v in r.items() if k != "trace"} for r in rows}
-    RESULTS.parent.mkdir(exist_ok=True)
-    RESULTS.write_text(json.dumps([kept[n] for n in ENTRIES if n in kept], indent=1) + "\n")
+        keep(row)
     print(dict(Counter(r["outcome"] for r in rows)))
+
+
+def import_package(entry: Entry) -> None:
+    """Import a model's package here, so that the processes of its models need not each do so."""
+    package = entry.name.split("/")[0]
+    for name in (package, *ALSO.get(package, ())):
+        try:
+            importlib.import_module(name)
+        except Exception:
+            return
+
+
+ALSO = {"transformers": ("transformers.modeling_utils",), "tsai": ("tsai.models.all",)}
+
+
+def kept_rows() -> dict[str, dict[str, Any]]:
+    """The rows of the results so far, by model."""
+    return {r["model"]: r for r in json.loads(RESULTS.read_text())} if RESULTS.exists() else {}
+
+
+def keep(row: dict[str, Any]) -> None:
+    """Put a row into the results, in the place of an older one."""
+    rows = kept_rows()
+    rows[row["model"]] = {k: v for k, v in row.items() if k != "trace"}
+    RESULTS.parent.mkdir(exist_ok=True)
+    RESULTS.write_text(json.dumps([rows[n] for n in ENTRIES if n in rows], indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -24,6 +24,7 @@ from .codegen.graph_module import Constants
 from .compare_lengths import compare_lengths
 from .compare_runs import Runs
 from .errors import NonLocalError, Refusal, RefusedError, module_path
+from .fold_positions import fold_positions
 from .loops import Loop
 from .propagate_facts import Facts, propagate_facts
 from .registry import Call, InClip
@@ -177,6 +178,8 @@ def compile_plan(
 
     alike = captured.symbolic_time or compare_lengths(graph, captured, again)
     if alike and not captured.symbolic_time:
+        fold_positions(graph)
+        constants = Constants(tensors(model, captured), not_constant(graph, captured))
         facts = propagate_facts(graph, captured, clock, constants, context)
     leaves = list(pytree.tree_leaves(graph.output_node().args[0]))
     values = _values(facts, leaves, equivalence, newest)
@@ -251,6 +254,7 @@ def _understand(
     """The canonical graph of a capture, with its facts."""
     graph = canonicalize(captured)
     gather_assignments(graph)
+    fold_positions(graph)
     while True:
         constants = Constants(tensors(model, captured), not_constant(graph, captured))
         facts = propagate_facts(graph, captured, clock, constants, context)

@@ -108,8 +108,7 @@ def _fact(
         return _back_to_frames(node, facts, flat, constants)
     paired = any(isinstance(f, Pair) for f in flat)
     ended = next((f for f in flat if isinstance(f, InClip) and not isinstance(f, Pair)), None)
-    understood = entry(node.target).takes_edges and any(isinstance(f, Value) for f in flat)
-    understood = understood and all(isinstance(f, (Head, Tail, Value, Static)) for f in flat)
+    understood = entry(node.target).takes_edges and all(isinstance(f, (Head, Tail, Value, Static)) for f in flat)
     if ended is not None and not understood:
         spectral = any(isinstance(f, InClip) and f.spectral for f in flat) or "fft" in str(node.target)
         return InClip(ended.reason, spectral=spectral)

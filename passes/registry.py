@@ -52,12 +52,14 @@ class Tail(InClip):
     Attributes:
         of: the stream.
         squeeze: the (single) frame's time axis is dropped.
+        times: how often the (single) frame is repeated.
     """
 
     of: Value
     first: int
     count: int
     squeeze: bool
+    times: int = 1
 
 
 @dataclass(frozen=True)
@@ -90,10 +92,12 @@ class Head(InClip):
     Attributes:
         of: the stream.
         count: how many.
+        times: how often the (single) frame is repeated.
     """
 
     of: Value
     count: int
+    times: int = 1
 
 
 @dataclass(frozen=True)

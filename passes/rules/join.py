@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+from ..errors import NonLocal
 from ..layout import Dim, dim
 from ..registry import Call, Fact, Head, InClip, Sample, Tail, note, overloads, rule
 from ..stream_graph import Constant, Mirror, Value, read
@@ -21,7 +22,9 @@ def cat(call: Call) -> Fact:
     call.require(name in ("aten::cat", "aten::concat", "aten::concatenate", "aten::stack"), f"{name} is not supported")
     nodes: list[fx.Node] = list(call.samples[0]["tensors"])
     given = [call.facts[n] for n in nodes]
-    first = next(f for f in given if isinstance(f, Value))
+    first = next((f for f in given if isinstance(f, Value)), None)
+    if first is None:
+        raise NonLocal("the first or last frames of the clip are joined")
     rank = len(first.layout)
     stack = name == "aten::stack"
     axis = call.arg("dim", 0) % (rank + stack)

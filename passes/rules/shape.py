@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import torch
@@ -9,7 +10,7 @@ from torch import fx, nn
 
 from ..errors import NonLocal
 from ..layout import BATCH, TIME, Dim, Grouped, Layout, Sizes, Unshapeable, dim, from_sizes, reshape
-from ..registry import Call, Fact, Sample, overloads, rule
+from ..registry import Call, Fact, Head, Sample, Tail, overloads, rule
 from ..schedule import Taps
 from ..stream_graph import Length, Op, Value, read
 
@@ -90,9 +91,27 @@ def movedim(call: Call) -> Fact:
     return _permuted(call, x, [moved[i] if i in moved else next(rest) for i in range(rank)])
 
 
-@rule(*overloads("expand.default expand_as.default broadcast_to.default expand_copy.default"))
+def edge_repeated(call: Call) -> Fact:
+    """The first or the last frame of a stream repeated so many times, as one that is put beside it for padding."""
+    edge = call.facts[call.samples[0]["self"]]
+    single = edge.times == 1 and edge.count == 1 and not getattr(edge, "squeeze", False)
+    call.require(single, "frames of the clip are repeated")
+    layout = edge.of.layout
+    before, after = call.sizes_of(call.samples[0]["self"]), call.out_sizes
+    others = [a == b for i, (a, b) in enumerate(zip(before, after, strict=False)) if i != layout.time]
+    call.require(
+        layout.clean and len(after) == len(before) and all(others), "a frame of the clip is repeated elsewhere"
+    )
+    times = after[layout.time]
+    call.require(len(set(times)) == 1, "how often a frame is repeated depends on the clip's length")
+    return dataclasses.replace(edge, times=times[0])
+
+
+@rule(*overloads("expand.default expand_as.default broadcast_to.default expand_copy.default"), takes_edges=True)
 def expand(call: Call) -> Fact:
     """Dimensions of size 1 repeated without copying; time itself cannot be, it is no dimension of size 1."""
+    if isinstance(call.fact(call.samples[0]["self"]), (Head, Tail)):
+        return edge_repeated(call)
     x = call.maybe("self")
     if x is None:
         return _along_time(call)
@@ -187,9 +206,11 @@ def _static(call: Call, sizes: Sizes) -> Dim:
         raise NonLocal("something without time is expanded along time") from None
 
 
-@rule(*overloads("repeat.default tile.default"))
+@rule(*overloads("repeat.default tile.default"), takes_edges=True)
 def repeat(call: Call) -> Fact:
     """Dimensions repeated as a whole."""
+    if isinstance(call.fact(call.samples[0]["self"]), (Head, Tail)):
+        return edge_repeated(call)
     x = call.maybe("self")
     if x is None:
         return _repeated_along_time(call)
@@ -201,9 +222,11 @@ def repeat(call: Call) -> Fact:
     return call.framewise(wide)
 
 
-@rule(*overloads("repeat_interleave.self_int"))
+@rule(*overloads("repeat_interleave.self_int"), takes_edges=True)
 def repeat_interleave(call: Call) -> Fact:
     """Each entry of a dimension repeated: in time, an upsampling by a whole number."""
+    if isinstance(call.fact(call.samples[0]["self"]), (Head, Tail)):
+        return edge_repeated(call)
     x, times = call.stream("self"), call.arg("repeats")
     axis = call.arg("dim")
     call.require(axis is not None, "repeat_interleave of the flattened tensor")
@@ -276,12 +299,24 @@ class _Tokens(nn.Module):
 
 
 SAMPLES = [
+    Sample("edges_repeated", lambda: _Edges(), (2, 2, 9), lag=2),
     Sample("repeated_condition", lambda: _Repeated(), (2, 4, 9)),
     Sample("tokens", _Tokens, (2, 9, 4, 3), 1),
     Sample("unflatten", lambda: nn.Unflatten(1, (2, 2)), (2, 4, 9), output_time_dim=3),
     Sample("fold_and_back", lambda: _Fold(), (2, 4, 9, 3)),
     Sample("pairs_of_frames", lambda: _Pairs(), (2, 3, 8), multiple=2, length=22),
 ]
+
+
+class _Edges(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv1d(2, 3, 5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(batch, channels, time) padded by hand with the first frame and the last."""
+        y: torch.Tensor = self.conv(torch.cat([x[..., :1].expand(-1, -1, 3), x, x[..., -1:].repeat(1, 1, 2)], -1))
+        return y
 
 
 class _Repeated(nn.Module):

@@ -13,10 +13,10 @@ import torch
 from torch import nn
 
 from ..errors import NonLocal
-from ..layout import TIME, Layout, Sizes, dim
-from ..registry import Call, Fact, Head, Sample, Static, Tail, overloads, rule
+from ..layout import TIME, Sizes, dim
+from ..registry import Call, Fact, Head, Sample, Tail, overloads, rule
 from ..schedule import Taps
-from ..stream_graph import Constant, Value, Window, read
+from ..stream_graph import Constant, Value, read
 from .join import beside
 
 aten = torch.ops.aten
@@ -170,49 +170,6 @@ def index_select(call: Call) -> Fact:
     axis = call.arg("dim") % len(x.layout)
     call.require(axis != x.layout.time, "chosen frames of the clip are read")
     return call.framewise(x.layout.replace(axis, call.resized(x, axis)))
-
-
-@rule(aten.embedding.default)
-def embedding(call: Call) -> Fact:
-    """Each index becomes a vector: one more dimension at the end."""
-    x = call.stream("indices")
-    call.require(isinstance(call.fact(call.samples[0]["weight"]), Static), "its table depends on time")
-    return _looked_up(call, x, Layout((*x.layout.dims, call.static_layout(call.samples[0]["weight"])[1])))
-
-
-@rule(aten.index.Tensor)
-def index(call: Call) -> Fact:
-    """``table[:, i]``: entries of a static table for the indices in each frame, or fixed entries of each frame."""
-    given = [(d, n) for d, n in enumerate(call.samples[0]["indices"]) if n is not None]
-    call.require(len(given) == 1, "it is looked up by several indices")
-    axis, at = given[0]
-    call.require(at.meta["val"].dtype != torch.bool, "a choice by a mask")
-    x, i = call.maybe("self"), call.fact(at)
-    if x is None:
-        call.require(isinstance(i, Value), "indices made of pairs of frames")
-        table = call.static_layout(call.samples[0]["self"])
-        return _looked_up(call, i, Layout((*table.dims[:axis], *i.layout.dims, *table.dims[axis + 1 :])))
-    call.require(isinstance(i, Static), "each frame chooses entries of itself")
-    call.require(axis != x.layout.time, "chosen frames of the clip are read")
-    chosen = call.static_layout(at)
-    return call.framewise(Layout((*x.layout.dims[:axis], *chosen.dims, *x.layout.dims[axis + 1 :])))
-
-
-def _looked_up(call: Call, indices: Value, layout: Layout) -> Fact:
-    """What a table has at a stream of indices. Positions of frames that do not exist may point outside of it."""
-    if not indices.indexed:
-        return call.framewise(layout, [indices])
-    free = indices.layout.split()
-
-    def lower(b: Any, op: Any, windows: list[Any], span: range, _: Any) -> Any:
-        if not b.masked:
-            return b.call(op, windows)
-        node = b.split(windows[0].node, indices.layout, len(span))
-        exists = b.along_time(b.inside(op.outputs[0], span), free)
-        node = b.aten("where.self", exists, node, b.like(0, node))
-        return b.call(op, [Window(b.merge(node, indices.layout, len(span)), span.start, span.stop)])
-
-    return call.emit(layout, [read(indices)], lower=lower, length_of=[indices], masked_until=1)
 
 
 @rule(*overloads("flip.default roll.default"))

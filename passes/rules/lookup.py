@@ -1,0 +1,143 @@
+"""Tables read at indices that are made of frames, and entries of other dimensions than time read at fixed indices."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from ..layout import Dim, Layout
+from ..registry import Call, Fact, Sample, Static, lower_call, rule
+from ..stream_graph import Op, Value, Window, read
+
+aten = torch.ops.aten
+
+
+@rule(aten.embedding.default)
+def embedding(call: Call) -> Fact:
+    """Each index becomes a vector: one more dimension at the end."""
+    x = call.stream("indices")
+    weight, node = call.samples[0]["weight"], call.samples[0]["indices"]
+    call.require(isinstance(call.fact(weight), Static), "its table depends on time")
+    return call.emit(
+        Layout((*x.layout.dims, call.static_layout(weight)[1])), [read(x)], length_of=[x],
+        lower=_within(weight, {node: 0}), masked_until=int(x.indexed),
+    )  # fmt: skip
+
+
+@rule(aten.index.Tensor)
+def index(call: Call) -> Fact:
+    """``x[:, indices]``: a table at indices that are frames, or fixed entries of a dimension that is not time."""
+    node = call.samples[0]["self"]
+    indices = list(call.samples[0]["indices"])
+    at = [i for i, n in enumerate(indices) if n is not None]
+    call.require(at == list(range(at[0], at[-1] + 1)), "indices of dimensions that are not neighbours")
+    call.require(all(n.meta["val"].dtype != torch.bool for n in indices if n is not None), "indices by a mask")
+    given = [indices[i] for i in at]
+    if isinstance(call.fact(node), Static):
+        streams, inner = _side_by_side(call, given)
+        layout = call.static_layout(node)
+        result = Layout((*layout.dims[: at[0]], *inner, *layout.dims[at[-1] + 1 :]))
+        return call.emit(
+            result, [read(v) for v in streams.values()], length_of=[next(iter(streams.values()))],
+            nodes=list(streams), lower=_within(node, dict(zip(given, at, strict=True)), negative=True),
+            masked_until=int(any(v.indexed for v in streams.values())),
+        )  # fmt: skip
+    x = call.stream("self")
+    call.require(all(isinstance(call.fact(n), Static) for n in given), "indices that depend on time")
+    call.require(x.layout.time not in at, "chosen frames of the clip are read")
+    inner = _broadcast([call.static_layout(n) for n in given], call)
+    return call.framewise(Layout((*x.layout.dims[: at[0]], *inner, *x.layout.dims[at[-1] + 1 :])), [x])
+
+
+def _side_by_side(call: Call, given: list[fx.Node]) -> tuple[dict[fx.Node, Value], list[Dim]]:
+    """The indices that are streams, and the dimensions of all of them broadcast."""
+    streams = {n: f for n in given if isinstance(f := call.facts[n], Value)}
+    if len(streams) > 1:
+        streams = {n: call.ungroup(v) for n, v in streams.items()}
+    values = list(streams.values())
+    call.require(len({(v.rate, v.lengths) for v in values}) == 1, "its indices have different lengths in time")
+    call.require(len({len(v.layout) - v.layout.time for v in values}) == 1, "time lies in different dimensions")
+    layouts = [streams[n].layout if n in streams else call.static_layout(n) for n in given]
+    from_end = len(values[0].layout) - values[0].layout.time
+    lying = (
+        n not in streams and len(lay) >= from_end and lay[len(lay) - from_end]
+        for n, lay in zip(given, layouts, strict=True)
+    )
+    call.require(not any(lying), "an index without time lies along the time axis")
+    return streams, _broadcast(layouts, call)
+
+
+def _broadcast(layouts: list[Layout], call: Call) -> list[Dim]:
+    rank = max(len(lay) for lay in layouts)
+    dims: list[Dim] = []
+    for i in range(rank):
+        present = {d for lay in layouts if (k := i - rank + len(lay)) >= 0 and (d := lay[k])}
+        call.require(len(present) <= 1, "indices of different shapes")
+        dims.append(next(iter(present), ()))
+    return dims
+
+
+def _within(table: fx.Node, dims: dict[fx.Node, int], negative: bool = False) -> Any:
+    """Runs the op; before the first frame and after the last, where indices may be anything, they are made to fit.
+
+    Args:
+        table: what is read.
+        dims: the dimension of it that each index reads.
+        negative: indices may count from the end.
+    """
+
+    def lower(b: Any, op: Op, windows: list[Window], span: range, carries: Any) -> Any:
+        if not b.masked:
+            return lower_call(b, op, windows, span, carries)
+        fitting = []
+        for n, w in zip(op.stream_nodes, windows, strict=True):
+            size = table.meta["sizes"][0][dims[n]]
+            at = b.aten("clamp.default", w.node, -size if negative else 0, size - 1)
+            fitting.append(Window(at, w.start, w.stop))
+        return lower_call(b, op, fitting, span, carries)
+
+    return lower
+
+
+@rule(aten.gather.default)
+def gather(call: Call) -> Fact:
+    """``out[i, j] = x[i, index[i, j]]``: within frames, or from a table."""
+    x, at = call.maybe("self"), call.stream("index")
+    axis = call.arg("dim") % len(at.layout)
+    if x is None:
+        call.require(axis == at.layout.time, "a table lies along the time axis")
+        return call.framewise(at.layout, [at], _within(call.samples[0]["self"], {call.samples[0]["index"]: axis}))
+    call.require(axis != x.layout.time, "frames are read at indices that depend on the data")
+    if x.layout[x.layout.time] != at.layout[at.layout.time]:
+        x, at = call.ungroup(x), call.ungroup(at)
+    call.require(x.layout.time == at.layout.time, "time lies in different dimensions of its arguments")
+    return call.framewise(at.layout, [x, at])
+
+
+SAMPLES = [
+    Sample("table", lambda: _Table(), (2, 9, 3), 1),
+    Sample("chosen_channels", lambda: _Chosen(), (2, 4, 9)),
+]
+
+
+class _Table(nn.Module):
+    scale: torch.Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("scale", torch.randn(2, 5))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(batch, time, 3): entries of tables at indices that are made of frames, two frames late."""
+        at = ((x[..., 0] > 0).long() + (x[..., 1] > 0).long())[:, :-2] * 2
+        kept = torch.gather(x[:, 2:], 2, at[..., None].clamp(max=2))
+        row = torch.gather(self.scale[:1].expand(x.shape[0], -1), 1, at)
+        return self.scale[1][at] + self.scale[at // 4, at] + kept[..., 0] + row
+
+
+class _Chosen(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(batch, 4, time): some channels, in another order."""
+        return x[:, [2, 0, 3]] + x[:, torch.tensor([1, 1, 2])]
