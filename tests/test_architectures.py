@@ -35,6 +35,7 @@ def load() -> Any:
 
 
 published = load()
+SHALLOW = [(64, 1), (64, 1), (128, 2), (128, 1), (256, 2)]  # half of the skeleton networks' blocks
 
 
 def pooled(name: str, build: Callable[[], nn.Module], shape: tuple[int, ...], **fields: Any) -> Sample:
@@ -43,8 +44,8 @@ def pooled(name: str, build: Callable[[], nn.Module], shape: tuple[int, ...], **
 
 # (net, at least this many times less per step than per clip)
 EXACT: list[tuple[Sample, float]] = [
-    (pooled("ST-GCN", lambda: published.STGCN(5, 8), (1, 3, 32, 25), stride=4), 31),
-    (pooled("S-TR", lambda: published.STR(5, 32), (1, 3, 32, 25), stride=4), 31),
+    (pooled("ST-GCN", lambda: published.STGCN(5, 8, SHALLOW), (1, 3, 32, 25), stride=4), 31),
+    (pooled("S-TR", lambda: published.STR(5, 32, SHALLOW), (1, 3, 32, 25), stride=4), 31),
     (pooled("DS-CNN", lambda: published.DSCNN(5, 8, 2), (1, 1, 48, 10), stride=2), 47),
     (Sample("OadTR-1", lambda: published.OadTR(8, 5, 16, 1, 2, 16), (1, 16, 8), 1, "clip", output_time_dim=None), 3),
     (Sample("OadTR-2", lambda: published.OadTR(8, 5, 16, 2, 2, 16), (1, 16, 8), 1, "clip", output_time_dim=None), 1.5),
@@ -57,7 +58,7 @@ EXACT: list[tuple[Sample, float]] = [
     (Sample("Conv-TasNet", lambda: published.ConvTasNet(2, 16, 8, 8, 16, 3, 2), (1, 1, 64), unbounded=True, multiple=8,
             exact=False), 50),
 ]  # fmt: skip
-TRAILING = {"A-GCN": (lambda: published.AGCN(5, 8), (1, 3, 32, 25), 30)}
+TRAILING = {"A-GCN": (lambda: published.AGCN(5, 8, SHALLOW[1:4]), (1, 3, 16, 25), 15)}
 VIDEO = {
     "X3D": ("x3d.create_x3d", {"input_clip_length": 4, "input_crop_size": 64, "model_num_class": 5, "depth_factor": 1.0,
                                "head_pool_act": None}, (1, 3, 4, 64, 64), 3.5, "continual"),
@@ -72,6 +73,9 @@ VIDEO = {
     "CSN": ("csn.create_csn", {"model_num_class": 5, "stem_dim_out": 8, "head_pool_kernel_size": (1, 1, 1)},
             (1, 3, 16, 32, 32), 15.9, "recompute"),
 }  # fmt: skip
+
+
+QUICK = ("X3D", "Slow")  # the others are of the same builders
 
 
 @pytest.mark.parametrize(("sample", "least"), EXACT, ids=lambda given: getattr(given, "name", ""))
@@ -108,7 +112,7 @@ def test_with_trailing_forms(name: str) -> None:
     check_streams(build().eval(), shape, least, "continual")
 
 
-@pytest.mark.parametrize("name", VIDEO)
+@pytest.mark.parametrize("name", [*QUICK, *(pytest.param(n, marks=pytest.mark.slow) for n in VIDEO if n not in QUICK)])
 def test_video(name: str) -> None:
     """Models of pytorchvideo, as it builds them."""
     pytest.importorskip("pytorchvideo")
