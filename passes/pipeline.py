@@ -25,9 +25,10 @@ from .compare_lengths import compare_lengths
 from .compare_runs import Runs
 from .errors import NonLocalError, Refusal, RefusedError, module_path
 from .fold_positions import fold_positions
+from .layout import TIME
 from .loops import Loop
 from .propagate_facts import Facts, propagate_facts
-from .registry import Call, InClip
+from .registry import Call, Fact, InClip
 from .roll_up_loops import gather_assignments, roll_up_loops
 from .schedule_delays import Schedule, reach, schedule_delays
 from .stream_graph import Clip, Op, Value, View, read
@@ -273,7 +274,7 @@ def tensors(model: nn.Module, captured: Capture) -> dict[str, torch.Tensor]:
 
 def _values(facts: Facts, leaves: list[fx.Node], equivalence: str | None, newest: bool) -> list[Value | None]:
     """A value for every output leaf that depends on time."""
-    in_clip = [n for n in leaves if isinstance(facts.of[n], InClip) or (equivalence == "clip" and _timed(facts, n))]
+    in_clip = [n for n in leaves if _ends(facts.of[n]) or (equivalence == "clip" and _timed(facts, n))]
     clips = build_clips(facts, list(dict.fromkeys(in_clip)), equivalence, newest)
     values: list[Value | None] = []
     for leaf in leaves:
@@ -285,6 +286,14 @@ def _values(facts: Facts, leaves: list[fx.Node], equivalence: str | None, newest
         else:
             values.append(None)
     return values
+
+
+def _ends(fact: Fact) -> bool:
+    """Whether an output is given for clips: it is no stream, or its frames lie among something else's (B*T)."""
+    if not isinstance(fact, Value):
+        return isinstance(fact, InClip)
+    place = fact.layout[fact.layout.time]
+    return place[0] is not TIME or not all(isinstance(f, int) for f in place[1:])
 
 
 def _timed(facts: Facts, leaf: fx.Node) -> bool:

@@ -273,3 +273,25 @@ def test_the_bytes_of_a_state_that_needs_no_warm_up() -> None:
     step.forward_step(torch.randn(1, 3))
     kept = [t for name, t in step.get_state().items() if name.startswith("state_")]
     assert step.report().state_bytes == sum(t.numel() * t.element_size() for t in kept) == 24
+
+
+def test_an_output_whose_frames_lie_among_the_batch_is_given_for_clips() -> None:
+    """Four frames make one row, so that longer clips have more rows than there are streams (Crepe)."""
+    model = Of(lambda m, x: m.head(x.transpose(1, 2).reshape(-1, 12)), head=nn.Linear(12, 2))
+    step = cofx.compile(model, X[:, :, :4])
+    assert step.equivalence == "clip"
+    assert step.verify(X[:, :, :9]).exact
+
+
+def test_a_size_computed_in_floating_point_may_grow_with_the_length() -> None:
+    """Two frames for every three, counted as torchaudio's resampling counts them."""
+
+    def forward(m: nn.Module, x: torch.Tensor) -> torch.Tensor:
+        frames = m.conv(x).transpose(1, 2).reshape(x.shape[0], -1)
+        return frames[:, : torch.ceil(torch.as_tensor(2 * x.shape[2] / 3)).long()]
+
+    step = cofx.compile(Of(forward, conv=nn.Conv1d(3, 2, 6, 3, padding=3)), X[:, :, :12])
+    assert step.equivalence == "stream"
+    assert step.verify(X[:, :, :24]).exact
+    with pytest.raises(cofx.InputError, match="cannot end here"):
+        step.verify(X[:, :, :25])
