@@ -43,8 +43,9 @@ class Compiled:
         self.early = any(before[v] > 0 for op in plan.schedule.graph.ops for v in op.outputs)
         self._parameters = list(model.parameters())
         bounded = self.grows or bool(self.tables) or plan.limit is not None
-        # ticks after which a step depends on the stream's phase alone
-        self.steady_from = FOREVER if bounded else max(1, plan.schedule.settled, plan.schedule.sequential_from)
+        # ticks after which a step depends on the stream's phase alone, and every frame of its outputs exists
+        settled = max(1, plan.schedule.settled, plan.schedule.sequential_from, *map(self._first, plan.outputs))
+        self.steady_from = FOREVER if bounded else settled
         self._steady: dict[int, Callable[..., Any] | None] = {}
         self._accepted: tuple[int | None, tuple[torch.Size, ...]] | None = None
         self._period = plan.schedule.period
@@ -54,17 +55,25 @@ class Compiled:
             op.carries or any(r.levels for r in op.reads) for op in plan.schedule.graph.ops
         )
 
+    def _first(self, leaf: Leaf) -> int:
+        """Ticks after which every further frame of an output has an index, no longer one before the first."""
+        ticks = 0
+        while leaf.value is not None and self.plan.schedule.count(leaf.value, ticks) < 0:
+            ticks += 1
+        return ticks
+
     def _fingerprint(self) -> tuple[tuple[int, int], ...]:
         return tuple((id(t), t._version) for t in (*self.model.parameters(), *self.model.buffers()))
 
-    def renew(self) -> None:
-        """Take up parameters that have changed since programs were made.
+    def renew(self) -> bool:
+        """Take up parameters that have changed since programs were made, and tell whether any have.
 
         Raises:
             CompileError: a buffer has changed whose value decided what was traced; nothing is taken up then.
         """
         seen = self._fingerprint()
-        if seen != self._seen:
+        changed = seen != self._seen
+        if changed:
             now = tensors(self.model, self.plan.capture)
             for name, value in self.plan.capture.read.items():
                 if not torch.equal(now[name], value.to(now[name])):
@@ -72,14 +81,15 @@ class Compiled:
                         f"the buffer '{name}' has changed, and what forward does depends on its value\n"
                         "    try     compile the model again"
                     )
-            self._seen = seen
             self.plan.constants.renew(now)
             self.programs.clear()
             self._steady.clear()
             self._parameters = list(self.model.parameters())
             self._accepted = None
             self.spec = InputSpec.of(self.plan)
+            self._seen = seen
         self._stale = False
+        return changed
 
     def _notice(self) -> None:
         """Warn, once, if parameters have changed from which a running program has folded constants."""
@@ -140,7 +150,8 @@ class Compiled:
         self._notice()
         phase = count % self._period
         if phase not in self._steady:
-            self._steady[phase] = self._steady_program(count)
+            program = self.program(Key(phase, 1, frames=True))
+            self._steady[phase] = None if program.wants else program.run
         run = self._steady[phase]
         if run is None:
             return None
@@ -152,15 +163,6 @@ class Compiled:
         else:
             out = self.pack(list(outputs), stacked=False)
         return out, StreamState(count + 1, after, batch)
-
-    def _steady_program(self, count: int) -> Callable[..., Any] | None:
-        """The program of a step in mid-stream; None while frames of its outputs may not exist."""
-        cycles, phase = divmod(count, self._period)
-        program = self.program(Key(phase, 1, frames=True))
-        for leaf, span in zip(self.plan.outputs, program.outputs, strict=True):
-            if leaf.value is not None and span.start + int(leaf.value.rate * self._period) * cycles < 0:
-                return None
-        return None if program.wants else program.run
 
     def advance(
         self, state: StreamState, inputs: Sequence[torch.Tensor], ticks: int, length: int | None, frames: bool

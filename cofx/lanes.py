@@ -109,7 +109,7 @@ class Lanes:
             state = self.grown(state, capacity)
         program = self.program(ticks, frames, capacity)
         given = [x.unsqueeze(0) for x in inputs] if self.batchless else list(inputs)
-        results, valid, tensors = program.module(*given, start, ready, length, *state.tensors)
+        results, valid, tensors = program.run(*given, start, ready, length, *state.tensors)
         leaves = []
         for leaf, out, tensor in zip(self.plan.outputs, program.outputs, results, strict=True):
             leaves.append(tensor.squeeze(0) if self.batchless and out.batch is not None and leaf.value else tensor)
@@ -180,7 +180,7 @@ class Lanes:
             outputs.append({**known, "equivalence": leaf.equivalence})
         return {"version": __version__, "fingerprint": self.fingerprint, **outputs[0], "outputs": outputs}
 
-    def layout(self, ticks: int, call: Callable[..., Any]) -> LaneLayout:
+    def layout(self, ticks: int, call: Callable[..., Any], mark: Callable[[], Callable[[], None]]) -> LaneLayout:
         """How the arrays of ``forward_steps`` look, for `LanePool`."""
         program, spec = self.program(ticks, False), self.spec
         inputs = []
@@ -198,7 +198,7 @@ class Lanes:
             return out
 
         outputs = [model_axes(self.plan, i, out) for i, out in enumerate(program.outputs)]
-        return LaneLayout(ticks, inputs, outputs, program.flush_calls, blank, torch.no_grad()(call), torch.clone)
+        return LaneLayout(ticks, inputs, outputs, program.flush_calls, blank, torch.no_grad()(call), torch.clone, mark)
 
     # -- states ------------------------------------------------------------------------------------------------------
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from .compiled import Compiled
 from .passes.capture import as_for_inference
@@ -108,10 +108,31 @@ def _period(compiled: Compiled, clip: list[torch.Tensor], state: StreamState, pe
         _, state = compiled.advance(state, frames, 1, None, frames=False)
 
 
+def _fused_attention(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
+    return int(sdpa_flop_count(query, key, value))  # type: ignore[no-untyped-call]
+
+
+def _fused_lstm(frames: Any, of_input: Any, of_state: Any, *_: Any, **__: Any) -> int:
+    """One layer in one direction on (time, batch, features), by its two matrices."""
+    return 2 * int(frames[0] * frames[1] * (prod(of_input) + prod(of_state)))
+
+
+# what a CPU runs fused and torch's own table of ops lacks
+ALSO_COUNTED = {
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _fused_attention,
+    torch.ops.aten.mkldnn_rnn_layer: _fused_lstm,
+}
+
+
+def counter() -> FlopCounterMode:
+    """Torch's flop counter, which also knows the attention and the LSTM that are fused on the CPU."""
+    return FlopCounterMode(display=False, custom_mapping=ALSO_COUNTED)
+
+
 def _macs(run: Callable[[], Any]) -> int:
-    with FlopCounterMode(display=False) as counter:
+    with counter() as counted:
         run()
-    return int(counter.get_total_flops()) // 2
+    return int(counted.get_total_flops()) // 2
 
 
 def _macs_by_node(compiled: Compiled, clip: list[torch.Tensor]) -> dict[fx.Node, int]:
@@ -130,10 +151,33 @@ def _macs_by_node(compiled: Compiled, clip: list[torch.Tensor]) -> dict[fx.Node,
             return tensors[target]
 
         def run_node(self, n: fx.Node) -> Any:
-            with FlopCounterMode(display=False) as counter:
+            with counter() as counted:
                 result = super().run_node(n)
-            found[n] = int(counter.get_total_flops()) // 2 // (batch if compiled.open_batch else 1)
+            found[n] = int(counted.get_total_flops()) // 2 // (batch if compiled.open_batch else 1)
             return result
 
     Count(torch.nn.Module(), graph=compiled.plan.graph).run(*wide)
     return found
+
+
+def tell_ptflops(kind: type[torch.nn.Module]) -> None:
+    """Let ptflops, if there is one, count step models: what it sees by itself is only what modules of torch.nn do."""
+    try:
+        from ptflops.pytorch_ops import MODULES_MAPPING
+    except ImportError:
+        return
+    MODULES_MAPPING[kind] = _count
+
+
+def _count(step: Any, inputs: Any, output: Any) -> None:
+    """A hook of ptflops: of a step, what the report says; offline, what its modules have counted."""
+    mode = step.call_mode
+    if mode == "forward":
+        step.__flops__ = sum(int(getattr(m, "__flops__", 0)) for m in step.modules() if m is not step)
+        return
+    spec = step.compiled.spec
+    i, t = next((i, t) for i, t in enumerate(spec.times) if t is not None)
+    frames = 1 if mode == "forward_step" else inputs[i].shape[t] // spec.frames[i]
+    batch = spec.batches[i]
+    lanes = 1 if batch is None else inputs[i].shape[batch - (mode == "forward_step" and t < batch)]
+    step.__flops__ += round(step.report().macs_per_step * frames * lanes)

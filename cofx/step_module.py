@@ -5,9 +5,10 @@ from __future__ import annotations
 import contextlib
 import contextvars
 import fnmatch
+import functools
 import os
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
@@ -23,7 +24,8 @@ from .passes.codegen.graph_module import Key
 from .passes.errors import CaptureError
 from .passes.make_continual import make_continual
 from .passes.pipeline import Leaf, Plan, compile_plan
-from .report import Report, report
+from .report import Report, report, tell_ptflops
+from .runtime.alone import alone, in_use
 from .runtime.errors import InputError, StateError
 from .runtime.lane_layout import LaneLayout
 from .runtime.lane_state import LaneState, lane_indices, take_lanes
@@ -125,7 +127,8 @@ class OutputInfo:
 class StepModule(nn.Module):
     """A model that takes a stream frame by frame, or in chunks, and gives what the clip model gives.
 
-    Not to be used from two threads at once. Offline, ``step(clip)`` is ``model(clip)``.
+    A call while another one is running, in a second thread say, is refused; two step models of one module may run in
+    two threads. A call that raises leaves the stream where it was. Offline, ``step(clip)`` is ``model(clip)``.
     """
 
     def __init__(
@@ -154,6 +157,7 @@ class StepModule(nn.Module):
         self._example: tuple[torch.Tensor, ...] = ()
         self._ticks = 0
         self._held: tuple[torch.Tensor, ...] = ()  # the last call's inputs without time, for `flush`
+        self._running = False  # within a call
 
     # -- tracing -----------------------------------------------------------------------------------------------------
 
@@ -197,7 +201,8 @@ class StepModule(nn.Module):
         self._example = tuple(x.detach() for x in example)
         self._ticks = ticks
         self._compiled = Compiled(self.reference_module, plan, batch)
-        self._state, self._lanes, self._lane_programs = StreamState(), None, None
+        self._lane_programs = None
+        self._place(StreamState())
 
     def _plan(self, example: Sequence[torch.Tensor], clock: Clock, ticks: int, batch: int) -> Plan:
         window = self._clip_length or ticks
@@ -271,7 +276,7 @@ class StepModule(nn.Module):
 
     def forward(self, *inputs: Any, **kwargs: Any) -> Any:
         """``model(*inputs)``; or a step or steps, if `call_mode` says so."""
-        mode = _mode.get() or self._call_mode or "forward"
+        mode = self.call_mode
         if mode == "forward_step":
             return self.forward_step(*inputs, **kwargs)
         if mode == "forward_steps":
@@ -300,30 +305,47 @@ class StepModule(nn.Module):
             With `start`, `ready` or `length` given, ``(y, valid)``: `valid` has the structure of `y` and tells for each
             lane, shape (batch,) or (batch, frames) for an output with time axis, whether `y` holds a frame.
         """
-        if not (start is None and ready is None and length is None):
-            return self._lane_call(frames, True, update_state, start=start, ready=ready, length=length)
-        if self._compiled is not None:
-            done = self._compiled.steady_step(self._state, frames)
-            if done is not None:
-                if update_state:
-                    self._go_on(done[1], frames)
-                return done[0]
-        self._no_lanes()
-        compiled = self._ready(frames, frames=True)
-        compiled.spec.check(frames, 1, self._state.batch, frames=True)
-        parts, state = compiled.advance(self._state, frames, 1, None, frames=True)
-        out = compiled.pack([p[0] if p else None for p in parts], stacked=False)
-        compiled.accept(frames, state.batch)
-        if update_state:
-            self._go_on(state, frames)
-        return out
+        here = self.__dict__  # as in `alone`, which would cost a call more
+        if here["_running"]:
+            raise in_use()
+        here["_running"] = True
+        try:
+            if not (start is None and ready is None and length is None):
+                return self._lane_call(frames, True, update_state, start=start, ready=ready, length=length)
+            if self._compiled is not None:
+                done = self._compiled.steady_step(self._state, frames)
+                if done is not None:
+                    if update_state:
+                        self._go_on(done[1], frames)
+                    return done[0]
+            self._no_lanes()
+            compiled = self._ready(frames, frames=True)
+            compiled.spec.check(frames, 1, self._state.batch, frames=True)
+            parts, state = compiled.advance(self._state, frames, 1, None, frames=True)
+            out = compiled.pack([p[0] if p else None for p in parts], stacked=False)
+            compiled.accept(frames, state.batch)
+            if update_state:
+                self._go_on(state, frames)
+            return out
+        finally:
+            here["_running"] = False
 
-    def _go_on(self, state: StreamState, inputs: Sequence[torch.Tensor]) -> None:
-        """The stream has moved. Not through Module.__setattr__, which takes longer than a small op."""
-        object.__setattr__(self, "_state", state)
-        if self.compiled.spec.has_untimed:
-            self._held = self.compiled.spec.untimed(inputs)
+    def _go_on(self, state: StreamState, inputs: Sequence[torch.Tensor], lanes: LaneState | None = None) -> None:
+        """The stream has moved: the last thing that a call does. These are plain stores, between which Python takes no
+        signal and lets no other thread run, so that a call that raises has not moved it."""
+        compiled, here = self._compiled, self.__dict__
+        held = compiled.spec.untimed(inputs) if compiled is not None and compiled.spec.has_untimed else here["_held"]
+        here["_state"] = state
+        here["_lanes"] = lanes
+        here["_held"] = held
 
+    def _place(self, state: StreamState, lanes: LaneState | None = None) -> None:
+        """The stream or the lanes are elsewhere: plain stores, as in `_go_on`."""
+        here = self.__dict__
+        here["_state"] = state
+        here["_lanes"] = lanes
+
+    @alone
     def forward_steps(
         self,
         *chunks: torch.Tensor,
@@ -362,6 +384,7 @@ class StepModule(nn.Module):
             self._go_on(state, chunks)
         return out
 
+    @alone
     def flush(self) -> Any:
         """The stream has ended: what is still due, with time axis, or None. The state stays as it is."""
         self._no_lanes()
@@ -386,7 +409,7 @@ class StepModule(nn.Module):
             lanes = programs.fresh(count) if fresh else programs.from_stream(self._state)
         y, valid, after = self._programs().call(lanes, inputs, frames, controls)
         if update_state:
-            self._state, self._lanes = StreamState(), after
+            self._go_on(StreamState(), inputs, after)
         return y, valid
 
     def _programs(self) -> Lanes:
@@ -406,7 +429,11 @@ class StepModule(nn.Module):
         ticks = programs.schedule.period if frames_per_step is None else frames_per_step
         if ticks < 1 or ticks % programs.schedule.period:
             raise InputError(f"frames_per_step is a multiple of {programs.schedule.period}, the model's period")
-        return programs.layout(ticks, self.forward_steps)
+        return programs.layout(ticks, self.forward_steps, self._mark)
+
+    def _mark(self) -> Callable[[], None]:
+        """Takes calls after this one back."""
+        return functools.partial(self.__dict__.update, _state=self._state, _lanes=self._lanes, _held=self._held)
 
     def _plan_alone(self, plan: Plan) -> Plan:
         """The model traced for a batch of one, which each lane then is: it fixes its batch size."""
@@ -432,20 +459,19 @@ class StepModule(nn.Module):
 
     # -- state -------------------------------------------------------------------------------------------------------
 
+    @alone
     def clean_state(self, lanes: Any = None) -> None:
         """Start a new stream; its batch size may be another. Parameters that have changed are taken up.
 
         Args:
             lanes: only these (indices, or a bool for each): each begins anew, the others go on.
         """
-        if lanes is not None:
-            running = self._as_lanes()
-            if running is not None:
-                blank = self._programs().fresh(lane_indices(lanes, running.lanes).numel())
-                self._state, self._lanes = StreamState(), self._programs().put(running, blank, lanes)
-            return
-        self.refresh()
-        self._state, self._lanes = StreamState(), None
+        if lanes is None:
+            self.refresh()
+            self._place(StreamState())
+        elif (running := self._as_lanes()) is not None:
+            blank = self._programs().fresh(lane_indices(lanes, running.lanes).numel())
+            self._place(StreamState(), self._programs().put(running, blank, lanes))
 
     def refresh(self) -> None:
         """Take up parameters that have changed, in mid-stream. (`clean_state` does so too.)
@@ -453,8 +479,7 @@ class StepModule(nn.Module):
         Raises:
             CompileError: a buffer has changed whose value forward looked at (a flag, a stride): compile again.
         """
-        if self._compiled is not None:
-            self._compiled.renew()
+        if self._compiled is not None and self._compiled.renew():
             self._lane_programs = None
 
     def get_state(self, lanes: Any = None) -> dict[str, torch.Tensor]:
@@ -471,6 +496,7 @@ class StepModule(nn.Module):
             raise InputError("there are no lanes before the first call")
         return take_lanes(running, self._programs().specs_for(running), lanes)
 
+    @alone
     def set_state(self, state: Mapping[str, torch.Tensor], lanes: Any = None) -> None:
         """Go on from a snapshot.
 
@@ -481,21 +507,23 @@ class StepModule(nn.Module):
         Raises:
             StateError: it belongs to another model; nothing has changed.
         """
-        if POSITION not in state and lanes is None:
-            restored = restore(dict(state), self.compiled.specs_after, self.compiled.spec.device)
-            self._state, self._lanes = restored, None
-            return
+        self._place(*self._restored(state, lanes))
+
+    def _restored(self, state: Mapping[str, torch.Tensor], lanes: Any = None) -> tuple[StreamState, LaneState | None]:
+        """The stream or the lanes of a snapshot."""
         if POSITION in state:
             other = self._programs().restore(dict(state))
         else:
             stream = restore(dict(state), self.compiled.specs_after, self.compiled.spec.device)
+            if lanes is None:
+                return stream, None
             other = self._programs().from_stream(stream)
         if lanes is not None:
             running = self._as_lanes()
             if running is None:
                 raise StateError("there are no lanes yet: set_state(state) without lanes, or make a first call")
             other = self._programs().put(running, other, lanes)
-        self._state, self._lanes = StreamState(), other
+        return StreamState(), other
 
     def save_state(self, path: str | os.PathLike[str]) -> None:
         """Write a snapshot of the stream or of all lanes to a file (safetensors), all at once or not at all.
@@ -516,6 +544,7 @@ class StepModule(nn.Module):
         tensors |= {f"{HELD}{i}": x for i, x in enumerate(self._held)}
         write_state(path, {k: t.detach().cpu().contiguous() for k, t in tensors.items()}, about, "torch")
 
+    @alone
     def load_state(self, path: str | os.PathLike[str]) -> None:
         """Go on from a snapshot in a file; see `save_state`.
 
@@ -525,20 +554,17 @@ class StepModule(nn.Module):
         programs = self._programs()
         tensors, about = read_state(path, programs.fingerprint, "torch")
         held = [tensors.pop(k) for k in sorted(tensors) if k.startswith(HELD)]
-        if about.get("form") != "lanes":
-            self.set_state(tensors)
-        elif about.get("together"):
-            self._state, self._lanes = programs.to_stream(programs.restore(tensors)), None
-        else:
-            self.set_state(tensors)
+        together = about.get("form") == "lanes" and about.get("together")
+        went = (programs.to_stream(programs.restore(tensors)), None) if together else self._restored(tensors)
         self._held = tuple(x.to(self.compiled.spec.device) for x in held)
+        self._place(*went)
 
     def __getstate__(self) -> dict[str, Any]:
         """What `pickle` and `copy.deepcopy` take: the model, how it was compiled, and a snapshot of the stream."""
         compiled = self._compiled
         clock = None if compiled is None else (compiled.plan.clock, compiled.batch)
         return {**self.__dict__, "_compiled": clock, "_state": self.get_state(), "_lanes": None, "_lane_programs": None,
-                "_reference": []}  # fmt: skip
+                "_reference": [], "_running": False}  # fmt: skip
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Trace the model again and go on where the stream was."""
@@ -627,7 +653,7 @@ class StepModule(nn.Module):
     @property
     def call_mode(self) -> str:
         """What calling this model does: "forward", "forward_step" or "forward_steps"."""
-        return self._call_mode or "forward"
+        return _mode.get() or self._call_mode or "forward"
 
     @call_mode.setter
     def call_mode(self, mode: str | None) -> None:
@@ -681,6 +707,9 @@ class StepModule(nn.Module):
         period = compiled.plan.schedule.period
         module: torch.fx.GraphModule = compiled.program(Key(0, period, frames=period == 1)).module
         return module
+
+
+tell_ptflops(StepModule)
 
 
 def _info(plan: Plan, leaf: Leaf, changed: bool) -> OutputInfo:

@@ -29,6 +29,9 @@ from .capture import CONGRUENT, TRACING, Capture, Clock, as_for_inference, quiet
 from .errors import is_users, line_of
 from .symbolic_recurrence import symbolic_recurrence
 
+# how far ahead one looks for numbers that follow the length: by multiples of all strides, so that nothing is rounded,
+# unless the model cannot be run there or loops over the frames
+FOLLOWED = (CONGRUENT, 60)
 KEPT_RUNS = 64
 MORE_CALLS = 4  # a run with so many times the calls of the traced one is not seen to its end
 # how far ahead a trace with open length is looked at, in steps of `CONGRUENT` ticks
@@ -142,16 +145,18 @@ class Runs:
             base = self.at(self.traced)
             if base is None:
                 return None
-            ahead = CONGRUENT if self.captured.symbolic_time else self.traced
-            far, farther = self.at(self.traced + ahead), self.at(self.traced + 3 * ahead)
             moving: set[Place] = set()
-            if far is not None and farther is not None:
+            for ahead in (*FOLLOWED, self.traced, (self.traced + 1) // 2):
+                far, farther = self.at(self.traced + ahead), self.at(self.traced + 3 * ahead)
+                if far is None or farther is None or far.cut or farther.cut:
+                    continue
                 for place in base.calls.keys() & far.calls.keys() & farther.calls.keys():
                     seen = [list(run.calls[place]) for run in (base, far, farther)]
                     calls, more, most = (run.counts[place] for run in (base, far, farther))
                     loops = self.loops and more > calls and most - calls == 3 * (more - calls)
                     if loops or (seen[0] != seen[1] and _follow(*seen)):
                         moving.add(place)
+                break
             self._reference = base, moving
         return self._reference
 

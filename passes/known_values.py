@@ -2,7 +2,8 @@
 
 While tracing, tensors have shapes but no values, so that tracing ends where a value is asked for. A tensor that is made
 of numbers, and all that is computed from such tensors, is therefore computed beside the trace as well. So are the
-model's own buffers (a stride that is kept as one, a flag, a window). Nothing that depends on inputs, parameters, open
+model's own buffers (a stride that is kept as one, a flag, a window), and what was made before the trace and is neither
+(a constant of its Python module). Nothing that depends on inputs, parameters, open
 sizes or random numbers is ever known.
 """
 
@@ -103,6 +104,8 @@ class KnownValues(TorchFunctionMode):
             for module, name, path, value in self._buffers:  # while tracing, buffers are replaced in place
                 if module._buffers.get(name) is tensor:
                     self._values[tensor], self._sources[tensor] = value, {path}
+            if _is_real(tensor):
+                self._values[tensor], self._sources[tensor] = tensor, set()
         return tensor in self._values and _memory(self._values[tensor]) not in self._spoilt
 
     def _compute(self, func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
@@ -113,6 +116,13 @@ class KnownValues(TorchFunctionMode):
                 return func(*args, **kwargs)
             except Exception:
                 return None
+
+
+def _is_real(tensor: torch.Tensor) -> bool:
+    """Whether a tensor has values while everything of the model's is traced: it was made outside of it (a constant)."""
+    wrapped = torch._is_functional_tensor(tensor) or torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+    plain = type(tensor) is torch.Tensor and not wrapped
+    return plain and not tensor.requires_grad and not tensor.is_meta and tensor.numel() <= MOST
 
 
 class _NothingRandom(TorchDispatchMode):  # type: ignore[no-untyped-call]

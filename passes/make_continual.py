@@ -67,7 +67,8 @@ def make_continual(
     """The reference module; None if there is nothing to replace.
 
     Args:
-        window: the most frames that its ops look back on, the current one included.
+        window: the most frames that its ops look back on, the current one included (of a slower stream as many as it
+            has in that time).
         choose: what becomes of an op.
 
     Raises:
@@ -168,8 +169,7 @@ class _Build:
         self.wanted = set(wanted)
         self.new = fx.Graph()
         self.env: dict[fx.Node, Any] = {}
-        self.framed: set[fx.Node] = set()  # what has its frames in front
-        self.clock: fx.Node | None = None
+        self.framed: dict[fx.Node, Value] = {}  # what has its frames in front, and a stream that has as many
 
     def graph(self) -> fx.Graph:
         for node in self.captured.graph.nodes:
@@ -197,7 +197,7 @@ class _Build:
             rank = source.meta["val"].dim()  # type: ignore[union-attr]
             return self.new.call_function(node.target, (self.env[source], int(dim) % rank + 1))  # type: ignore[index,arg-type]
         if node.target is operator.getitem:
-            self.framed.add(node)
+            self.framed[node] = self.framed[node.args[0]]  # type: ignore[index]
             return self.new.call_function(operator.getitem, (self.env[node.args[0]], node.args[1]))  # type: ignore[index]
         joined = own is not None and own in self.facts.joined and own.meta["traced"] is node
         return self._per_frame(node, own if joined else None)
@@ -215,16 +215,18 @@ class _Build:
         places = [_place(f) for n in node.all_input_nodes if isinstance(f := self._fact(n), Value)]
         if own.target in (torch.ops.aten.matmul.default, torch.ops.aten.bmm.default):
             places = [_place(self._fact(bound[k])) for k in ("self", "other" if "other" in bound else "mat2")]
+        stream = next(f for n in node.all_input_nodes if isinstance(f := self._fact(n), Value))
         if own.target not in STREAMS:
-            self.framed.add(node)
+            self.framed[node] = stream
         mapped = map_arg(bound, self.env.__getitem__)
-        args: Any = (own.target, self.window, mapped, places)
+        args: Any = (own.target, max(1, int(self.window * stream.rate)), mapped, places)
         return self.new.call_function(trailing, args)
 
     def _per_frame(self, node: fx.Node, join: fx.Node | None) -> fx.Node:
         leaves, spec = pytree.tree_flatten((node.args, node.kwargs))
         batched: list[bool] = []
         given: list[Any] = []
+        like = next(n for n in node.all_input_nodes if n in self.framed)
         for leaf in leaves:
             fact = self._fact(leaf) if isinstance(leaf, fx.Node) else None
             if isinstance(leaf, fx.Node) and leaf in self.framed:
@@ -233,7 +235,7 @@ class _Build:
             elif isinstance(fact, Value):
                 batched.append(True)
                 given.append(self.new.call_function(to_frames, (self.env[leaf], *_place(fact))))  # type: ignore[misc]
-            elif isinstance(leaf, fx.Node) and (count := self._count(leaf)) is not None:
+            elif isinstance(leaf, fx.Node) and (count := self._count(leaf, like)) is not None:
                 batched.append(True)
                 given.append(count)
             else:
@@ -243,24 +245,30 @@ class _Build:
         call: Any = (node.target, batched, args, kwargs)
         new = self.new.call_function(per_frame, call)
         if join is None:
-            self.framed.add(node)
+            self.framed[node] = self.framed[like]
             return new
         value = self.facts.of[join]
         return self.new.call_function(from_frames, (new, *_place(value)))  # type: ignore[misc]
 
-    def _count(self, node: fx.Node) -> fx.Node | None:
-        """A number that follows the clip's length, as it is for the frames so far; None if it does not."""
+    def _count(self, node: fx.Node, like: fx.Node) -> fx.Node | None:
+        """A number that follows the clip's length, as it is for the frames so far; None if it does not.
+
+        Args:
+            like: what has as many frames in front as there are numbers.
+        """
         value = node.meta.get("val")
         if not isinstance(value, torch.SymInt):
             return None
-        points = [p for p in self.captured.points if p.batch == self.captured.points[0].batch]
-        seen = [self.captured.sample(value, p) for p in points]
+        stream = self.framed[like]
+        points = [i for i, p in enumerate(self.captured.points) if p.batch == self.captured.points[0].batch]
+        seen = [self.captured.sample(value, self.captured.points[i]) for i in points]
         if len(set(seen)) == 1:
             return None
-        per_tick = (seen[1] - seen[0]) // (points[1].ticks - points[0].ticks)
-        rest = seen[0] - per_tick * points[0].ticks
-        like = next(self.env[n] for n in self.framed)
-        count = self.new.call_function(present, (like, self.window))
+        lengths = [stream.lengths[i] for i in points]
+        per_frame = (seen[1] - seen[0]) // (lengths[1] - lengths[0])
+        rest = seen[0] - per_frame * lengths[0]
+        window = max(1, int(self.window * stream.rate))
+        count = self.new.call_function(present, (self.env[like], window))
         flat = self.new.call_function(torch.ops.aten.reshape.default, (count, [-1]))
-        scaled = self.new.call_function(torch.ops.aten.mul.Tensor, (flat, per_tick))
+        scaled = self.new.call_function(torch.ops.aten.mul.Tensor, (flat, per_frame))
         return self.new.call_function(torch.ops.aten.add.Tensor, (scaled, rest))

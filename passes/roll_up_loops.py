@@ -142,7 +142,7 @@ def _roll(graph: fx.Graph, facts: Facts, frames: dict[fx.Node, _Frame], length: 
     different, inits = _first(match, bodies)
     carried = sorted(match.carried)
     wanted = _wanted(match.place, collectors, bodies, label, length)
-    if not wanted or not carried:
+    if not wanted:
         raise _NoLoop
     slots = sorted({(f.source, f.dim, f.squeezed) for f in frames.values()}, key=lambda s: (s[0].name, s[2]))
     given = {bodies[1][i]: k for k, i in enumerate(carried)}

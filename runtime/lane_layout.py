@@ -31,6 +31,7 @@ class LaneLayout:
         blank: empty frames of one call for so many lanes.
         call: runs them, with `start`, `ready` and `length`; keeps nothing for gradients.
         copy: an array of its own.
+        mark: gives what takes the streams back to where they are now, after one call at the most.
     """
 
     ticks: int
@@ -40,3 +41,4 @@ class LaneLayout:
     blank: Callable[[int], list[Any]]
     call: Callable[..., Any]
     copy: Callable[[Any], Any]
+    mark: Callable[[], Callable[[], None]]

@@ -15,7 +15,6 @@ Works with the PyTorch step model and with `OnnxStep`; imports neither.
 from __future__ import annotations
 
 import threading
-from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -31,7 +30,8 @@ class Stream:
 
     def __init__(self, pool: LanePool, lane: int) -> None:
         self._pool, self._lane = pool, lane
-        self._ticks: deque[list[Any]] = deque()  # for each tick the frames of every input
+        self._ticks: list[Any] = []  # for each tick the frames of every input
+        self._next = 0  # the first of them that has not been taken
         self._statics: list[Any] = []
         self._begun = False
         self._fed = 0  # ticks taken by the step
@@ -43,7 +43,7 @@ class Stream:
     @property
     def waiting(self) -> int:
         """Ticks that have been fed and not yet been taken."""
-        return len(self._ticks)
+        return len(self._ticks) - self._next
 
     @property
     def open(self) -> bool:
@@ -84,6 +84,8 @@ class LanePool:
         self._free = list(range(capacity))[::-1]
         self._streams: dict[int, Stream] = {}
         self._mutex, self._running = threading.Lock(), threading.Lock()
+        self._moves: list[tuple[Stream, int, int]] = []  # of streams that a step has taken on, see `_settle`
+        self._owed: dict[int, list[tuple[Stream, Any]]] = {}  # by thread what its run got and has not returned yet
         step.clean_state()
 
     def __len__(self) -> int:
@@ -93,6 +95,7 @@ class LanePool:
     def waiting(self) -> int:
         """Streams that the next run would take."""
         with self._mutex:
+            self._settle()
             return sum(self._due(s) for s in self._streams.values())
 
     def open(self) -> Stream:
@@ -102,10 +105,12 @@ class LanePool:
             PoolFull: every lane has one.
         """
         with self._mutex:
+            self._settle()
             if not self._free:
                 raise PoolFull(f"all {self.capacity} lanes have a stream: close one, or make the pool larger")
-            lane = self._free.pop()
-            stream = self._streams[lane] = Stream(self, lane)
+            stream = Stream(self, self._free[-1])
+            self._streams[stream._lane] = stream
+            del self._free[-1]
             return stream
 
     def run(self) -> list[tuple[Stream, Any]]:
@@ -115,34 +120,59 @@ class LanePool:
             for each stream that got something the new frames, in the model's own structure, without the batch
             dimension and with time axis; None where an output has nothing new.
         """
+        me = threading.get_ident()
+        out = self._owed[me] if me in self._owed else self._run(me)
+        if me in self._owed:
+            del self._owed[me]
+        return out
+
+    def _run(self, me: int) -> list[tuple[Stream, Any]]:
+        """A step. Either nothing has moved when it raises, or what came out is owed to this thread.
+
+        A signal may come between any two calls, and so while streams are moved one after the other. That they are to
+        be moved, and what is owed, is therefore said in plain stores, between which there comes none.
+        """
         with self._running:
             while True:
                 with self._mutex:
+                    self._settle()
                     most = self.frames_per_step
-                    served = {s: min(most, len(s._ticks)) for s in self._streams.values() if self._due(s)}
+                    served = {s: min(most, s.waiting) for s in self._streams.values() if self._due(s)}
                     chunks = self._gathered(served) if served else []
                     controls = self._controls(served)
                 if not served:
                     return []
+                back, kept = self._layout.mark(), False
                 try:
                     y, valid = self._layout.call(*chunks, **controls)
+                    with self._mutex:
+                        out, moves = self._handed_out(served, y, valid)
+                        self._moves = moves
+                        self._owed[me] = out
+                        kept = True
+                        self._settle()
+                    return out
                 except LaneError as error:  # one stream cannot go on; the others can
                     with self._mutex:
                         self._fail(next(s for s in served if s._lane == error.lane), error)
-                    continue
-                with self._mutex:
-                    return self._handed_out(served, y, valid)
+                except BaseException:
+                    if not kept:
+                        back()
+                    raise
 
     # -- under the mutex ---------------------------------------------------------------------------------------------
 
     def _feed(self, stream: Stream, frames: Sequence[Any]) -> None:
         ticks, statics = self._parts(frames)
         with self._mutex:
+            self._settle()
             if stream.error is not None:
                 raise stream.error
             if stream.closed:
                 raise InputError("this stream has been closed")
-            stream._ticks.extend(ticks)
+            if stream._next > stream.waiting:
+                stream._ticks, stream._next = stream._ticks[stream._next :], 0
+            stream._ticks += ticks
             stream._statics = statics
 
     def _parts(self, frames: Sequence[Any]) -> tuple[list[list[Any]], list[Any]]:
@@ -175,26 +205,38 @@ class LanePool:
 
     def _close(self, stream: Stream, flush: bool) -> None:
         with self._mutex:
+            self._settle()
             if stream.closed:
                 return
-            stream.closed = True
-            stream._length = stream._fed + len(stream._ticks)
-            stream._left = self._layout.flush_calls
-            if not flush or stream._length == 0 or stream.error is not None:
+            length = stream._fed + stream.waiting
+            stream._length, stream._left, stream.closed = length, self._layout.flush_calls, True
+            if not flush or length == 0 or stream.error is not None:
                 self._release(stream)
 
     def _release(self, stream: Stream) -> None:
         if self._streams.get(stream._lane) is stream:
             del self._streams[stream._lane]
-            self._free.append(stream._lane)
-            stream._ticks.clear()
+            self._free += [stream._lane]
+        stream._ticks, stream._next = [], 0
+
+    def _settle(self) -> None:
+        """Streams that a step has taken on go on: so many ticks, and so many calls that the tail may still take."""
+        while self._moves:
+            stream, taken, left = self._moves[-1]
+            if left < 0:
+                self._release(stream)
+            start = stream._next
+            stream._ticks[start : start + taken] = [None] * taken
+            stream._begun, stream._fed, stream._next = True, stream._fed + taken, start + taken
+            stream._left = left
+            del self._moves[-1]
 
     def _fail(self, stream: Stream, error: LaneError) -> None:
         stream.error, stream.closed = error, True
         self._release(stream)
 
     def _due(self, stream: Stream) -> bool:
-        return len(stream._ticks) >= self.frames_per_step or stream.closed
+        return stream.waiting >= self.frames_per_step or stream.closed
 
     def _gathered(self, served: Mapping[Stream, int]) -> list[Any]:
         chunks: list[Any] = self._layout.blank(self.capacity)
@@ -208,7 +250,7 @@ class LanePool:
                     continue
                 time = _without(info.batch, info.time)
                 for t in range(taken):
-                    _at(lane, time, slice(t * info.rate, (t + 1) * info.rate))[...] = stream._ticks[t][i]
+                    _at(lane, time, slice(t * info.rate, (t + 1) * info.rate))[...] = stream._ticks[stream._next + t][i]
         return chunks
 
     def _controls(self, served: Iterable[Stream]) -> dict[str, list[Any]]:
@@ -218,14 +260,19 @@ class LanePool:
             length[s._lane] = -1 if s._length is None else s._length
         return {"start": start, "ready": ready, "length": length}
 
-    def _handed_out(self, served: Mapping[Stream, int], y: Any, valid: Any) -> list[tuple[Stream, Any]]:
-        out = []
+    def _handed_out(
+        self, served: Mapping[Stream, int], y: Any, valid: Any
+    ) -> tuple[list[tuple[Stream, Any]], list[tuple[Stream, int, int]]]:
+        """What each stream gets, and its move: the ticks taken of it and the calls left of its tail, -1 at its end."""
+        out, moves = [], []
         for s, taken in served.items():
             if self._streams.get(s._lane) is not s:  # closed in the meantime, and nothing more is wanted
                 continue
-            for _ in range(taken):
-                s._ticks.popleft()
-            s._begun, s._fed = True, s._fed + taken
+            left = s._left
+            if s.closed and s.waiting == taken:
+                left -= taken == 0
+                left = left if left > 0 else -1
+            moves.append((s, taken, left))
             outputs = iter(self._layout.outputs)
             found: list[Any] = []
 
@@ -242,11 +289,7 @@ class LanePool:
             frames = _map(part, y, valid)
             if any(found):
                 out.append((s, frames))
-            if s.closed and not s._ticks:
-                s._left -= taken == 0
-                if s._left <= 0:
-                    self._release(s)
-        return out
+        return out, moves
 
 
 def _without(batch: int | None, time: int | None) -> Any:

@@ -7,19 +7,22 @@
 
 The surface is that of the PyTorch step model (`cofx.StepModule`). State lives in two sets of buffers that are bound
 once and swapped: a step reads one and writes the other, so that a call that fails leaves the streams where they were.
+What takes several runs of the graph is done in a second pair, which replaces the first when all has gone well.
 """
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from typing import Any
 
 import numpy as np
 import onnxruntime as ort
 
+from .alone import alone
 from .errors import InputError, LaneError, StateError
 from .lane_layout import LaneAxes, LaneLayout
 from .state_file import HELD, read_state, write_state
@@ -31,6 +34,21 @@ Array = np.ndarray[Any, Any]
 
 def _number(value: int | str) -> int | float | Fraction:
     return value if isinstance(value, int) else float(value) if value == "inf" else Fraction(value)
+
+
+@dataclass(frozen=True)
+class _Now:
+    """Where the streams of a set of buffers are: replaced as a whole, so that a call that is interrupted moves nothing.
+
+    Attributes:
+        current: which set of states is the current one.
+        held: the last call's inputs without time.
+        ended: in the middle of a call's frames.
+    """
+
+    current: int = 0
+    held: tuple[Array, ...] = ()
+    ended: bool = False
 
 
 class _Buffers:
@@ -59,20 +77,25 @@ class _Buffers:
                 binding.bind_ortvalue_input(spec["name"], _ort(a))
                 binding.bind_ortvalue_output(spec["out"], _ort(b))
             self.bindings.append(binding)
-        self.current = 0
+        self.now = _Now()
 
     @property
     def state(self) -> list[Array]:
         """The states as they are now."""
-        return self.states[self.current]
+        return self.states[self.now.current]
 
     def run(self) -> None:
-        """One call; the states after it become the current ones by `keep`."""
-        self.session.run_with_iobinding(self.bindings[self.current])
+        """One call; the states after it become the current ones once `now` is set to `after`."""
+        self.session.run_with_iobinding(self.bindings[self.now.current])
 
-    def keep(self) -> None:
-        """The last call's states are the current ones."""
-        self.current = 1 - self.current
+    def after(self, held: Sequence[Array], ended: bool = False) -> _Now:
+        """Where the streams are after the last call, if that is kept."""
+        return _Now(1 - self.now.current, tuple(held), ended)
+
+    def copy(self, states: Sequence[Array]) -> None:
+        """Overwrite the states."""
+        for mine, given in zip(self.state, states, strict=True):
+            np.copyto(mine, given)
 
 
 _NAMES = {
@@ -100,7 +123,8 @@ def _ort(array: Array) -> Any:
 class OnnxStep:
     """A step model in an ONNX file, made by ``StepModule.to_onnx``.
 
-    Not to be used from two threads at once. Arrays have the shapes that the PyTorch step model takes and gives.
+    A call while another one is running, in a second thread say, is refused. A call that raises leaves the streams where
+    they were. Arrays have the shapes that the PyTorch step model takes and gives.
 
     Args:
         path: of the file.
@@ -137,11 +161,12 @@ class OnnxStep:
         self._batched = any(i["model_axes"]["batch"] is not None for i in self.meta["inputs"])
         self._pinned = self.session.get_inputs()[len(self.meta["inputs"])].shape[0]
         self._buffers: _Buffers | None = None
-        self._ended = False  # in the middle of a call's frames
-        self._held: list[Array] = []  # the last call's inputs without time
+        self._spare: _Buffers | None = None  # in which calls work that take several runs of the graph
+        self._running = False  # within a call
 
     # -- calls -------------------------------------------------------------------------------------------------------
 
+    @alone
     def forward_step(
         self, *frames: Array, update_state: bool = True, start: Any = None, ready: Any = None, length: Any = None
     ) -> Any:
@@ -160,6 +185,7 @@ class OnnxStep:
         chunks += frames[len(chunks) :]
         return self._call(chunks, 1, True, update_state, {"start": start, "ready": ready, "length": length})
 
+    @alone
     def forward_steps(
         self,
         *chunks: Array,
@@ -189,24 +215,23 @@ class OnnxStep:
         if (left and not pad_end) or ticks < 1:
             raise self._whole(ticks)
         self._within_table(buffers, ticks, {})
-        before = self._copy(buffers)
         parts: list[list[Array]] = [[] for _ in self.meta["outputs"]]
-        try:
-            for at in range(0, ticks - left, self.frames_per_step):
-                self._advance(buffers, self._part(chunks, at, self.frames_per_step), {}, parts)
-            after = self._copy(buffers)
-            if pad_end:
-                rest = self._part(chunks, ticks - left, left) if left else None
-                self._flush(buffers, chunks, rest, left, parts)
-        except BaseException:
-            self._restore(buffers, before)
-            raise
-        self._restore(buffers, after if update_state else before)
+        work = self._work(buffers)
+        for at in range(0, ticks - left, self.frames_per_step):
+            self._advance(work, self._part(chunks, at, self.frames_per_step), {}, parts)
+        held = self._untimed(chunks)
+        if pad_end:
+            after = [x.copy() for x in work.state]
+            rest = self._part(chunks, ticks - left, left) if left else None
+            self._flush(work, held, rest, left, parts)
+            work.copy(after)
+        y = self._due(parts, frames=False)
         if update_state:
-            self._ended = bool(left)
-            self._held = [x for x, rate in zip(chunks, self._rates, strict=True) if not rate]
-        return self._due(parts, frames=False)
+            work.now = _Now(work.now.current, held, bool(left))
+            self._buffers, self._spare = work, buffers
+        return y
 
+    @alone
     def flush(self) -> Any:
         """The stream has ended: what is still due, with time axis, or None. The state stays as it is."""
         buffers = self._buffers
@@ -214,12 +239,25 @@ class OnnxStep:
             return None
         self._together()
         parts: list[list[Array]] = [[] for _ in self.meta["outputs"]]
-        before = self._copy(buffers)
-        try:
-            self._flush(buffers, self._blank(buffers.lanes), None, 0, parts)
-        finally:
-            self._restore(buffers, before)
+        self._flush(self._work(buffers), buffers.now.held, None, 0, parts)
         return self._due(parts, frames=False)
+
+    def _work(self, buffers: _Buffers) -> _Buffers:
+        """Other buffers with the same states, for calls that take several runs of the graph: what they do to those is
+        only kept when all has gone well."""
+        work = self._room(buffers.lanes)
+        work.copy(buffers.state)
+        return work
+
+    def _room(self, lanes: int) -> _Buffers:
+        """Buffers that are not those of the streams."""
+        if self._spare is None or self._spare.lanes != lanes:
+            self._spare = _Buffers(self.session, self.meta, lanes)
+        return self._spare
+
+    def _untimed(self, chunks: Sequence[Array]) -> tuple[Array, ...]:
+        """The inputs without time, which a flush needs."""
+        return tuple(x for x, rate in zip(chunks, self._rates, strict=True) if not rate)
 
     def _call(
         self, chunks: list[Array], ticks: int, frames: bool, update_state: bool, controls: Mapping[str, Any]
@@ -236,19 +274,25 @@ class OnnxStep:
         parts: list[list[Array]] = [[] for _ in self.meta["outputs"]]
         self._fill(buffers, chunks, given)
         buffers.run()
-        if update_state:
-            buffers.keep()
-            self._held = [x for x, rate in zip(chunks, self._rates, strict=True) if not rate]
+        after = buffers.after(self._untimed(chunks))
         if not lanes:
             self._collect(buffers, parts)
-            return self._due(parts, frames)
+            due = self._due(parts, frames)
+            if update_state:
+                buffers.now = after
+                self._buffers = buffers
+            return due
         y, valid = [], []
         for info in self.meta["outputs"]:
             y.append(self._shaped(info, buffers.outputs[info["name"]], frames).copy())
             exists = buffers.outputs[info["valid"]]
             untimed = not info["timed"] or (frames and info["single"])
             valid.append(exists[:, 0].copy() if untimed else exists.copy())
-        return self._packed(y), self._packed(valid)
+        result = self._packed(y), self._packed(valid)
+        if update_state:
+            buffers.now = after
+            self._buffers = buffers
+        return result
 
     # -- inside a call -----------------------------------------------------------------------------------------------
 
@@ -266,7 +310,7 @@ class OnnxStep:
             InputError: the inputs do not fit.
         """
         infos = self.meta["inputs"]
-        if self._ended:
+        if self._buffers is not None and self._buffers.now.ended:
             raise InputError("the stream has ended: begin a new one with clean_state()")
         if len(chunks) != len(infos):
             names = ", ".join(i["name"] for i in infos)
@@ -290,9 +334,7 @@ class OnnxStep:
         lanes = 1 if lanes is None else lanes
         if isinstance(self._pinned, int) and lanes != self._pinned:
             raise InputError(f"this file was exported for a batch of {self._pinned}, not {lanes}")
-        if self._buffers is None:
-            self._buffers = _Buffers(self.session, self.meta, lanes)
-        return self._buffers
+        return self._buffers or _Buffers(self.session, self.meta, lanes)
 
     def _model_shape(self, info: Mapping[str, Any], frames: int) -> list[Any]:
         """The shape of an input as the model takes it; None for the batch."""
@@ -333,7 +375,7 @@ class OnnxStep:
         """One call for all lanes together, its valid frames appended to `parts`."""
         self._fill(buffers, chunks, controls)
         buffers.run()
-        buffers.keep()
+        buffers.now = buffers.after(())
         self._collect(buffers, parts)
 
     def _collect(self, buffers: _Buffers, parts: list[list[Array]]) -> None:
@@ -348,15 +390,14 @@ class OnnxStep:
                 part.append(np.take(y, exist, axis=info["model_axes"]["time"]))
 
     def _flush(
-        self, buffers: _Buffers, like: Sequence[Array], rest: list[Array] | None, left: int, parts: list[list[Array]]
+        self, buffers: _Buffers, held: Sequence[Array], rest: list[Array] | None, left: int, parts: list[list[Array]]
     ) -> None:
-        """Feed what is left, then empty frames until the last output is out."""
+        """Feed what is left, then empty frames until the last output is out. `held`: the inputs without time."""
         if not self.meta["controls"]:
             raise InputError("this file was exported without controls: its streams do not end")
         end = {"length": int(buffers.state[0][0, 0]) + left}
-        statics = [x for x, rate in zip(like, self._rates, strict=True) if not rate]
         for call in range(self.meta["flush_calls"] + (rest is not None)):
-            chunks = self._blank(buffers.lanes, statics)
+            chunks = self._blank(buffers.lanes, held)
             if call == 0 and rest is not None:
                 for i, (x, rate) in enumerate(zip(rest, self._rates, strict=True)):
                     time = self.meta["inputs"][i]["model_axes"]["time"]
@@ -370,16 +411,16 @@ class OnnxStep:
                 if kept is not None and rest is None:
                     part[:] = kept
 
-    def _blank(self, lanes: int, statics: Sequence[Array] | None = None) -> list[Array]:
-        """Empty frames for one call; inputs without time as they were."""
-        held = iter(self._held if statics is None else statics)
+    def _blank(self, lanes: int, held: Sequence[Array]) -> list[Array]:
+        """Empty frames for one call, and these inputs without time."""
+        untimed = iter(held)
         out = []
         for info, rate in zip(self.meta["inputs"], self._rates, strict=True):
             if rate:
                 shape = self._model_shape(info, self.frames_per_step * rate)
                 out.append(np.zeros([lanes if s is None else s for s in shape], info["dtype"]))
             else:
-                out.append(next(held))
+                out.append(next(untimed))
         return out
 
     def _shaped(self, info: Mapping[str, Any], y: Array, frames: bool) -> Array:
@@ -490,21 +531,23 @@ class OnnxStep:
 
     # -- state -------------------------------------------------------------------------------------------------------
 
-    def _copy(self, buffers: _Buffers) -> list[Array]:
-        return [a.copy() for a in buffers.state]
-
-    def _restore(self, buffers: _Buffers, arrays: Sequence[Array]) -> None:
-        for mine, given in zip(buffers.state, arrays, strict=True):
-            np.copyto(mine, given)
-
+    @alone
     def clean_state(self, lanes: Any = None) -> None:
         """Start a new stream, its batch size may be another; or only these lanes (indices, or a bool for each)."""
         if lanes is None:
-            self._buffers, self._ended, self._held = None, False, []
+            self._buffers = None
         elif self._buffers is not None:
             at = _indices(lanes, self._buffers.lanes)
-            for array in self._buffers.state:
-                array[at] = 0
+            self._put([np.zeros_like(x[at]) for x in self._buffers.state], at)
+
+    def _put(self, arrays: Sequence[Array], at: Array) -> None:
+        """Replace some lanes of all states at once."""
+        assert self._buffers is not None
+        buffers, work = self._buffers, self._work(self._buffers)
+        for mine, given in zip(work.state, arrays, strict=True):
+            mine[at] = given
+        work.now = replace(buffers.now, current=work.now.current)
+        self._buffers, self._spare = work, buffers
 
     def get_state(self, lanes: Any = None) -> dict[str, Array]:
         """A snapshot: a flat dict of named arrays, lanes first, nothing shared; of some lanes, or of all."""
@@ -515,14 +558,18 @@ class OnnxStep:
         at = slice(None) if lanes is None else _indices(lanes, self._buffers.lanes)
         return {s["key"]: a[at].copy() for s, a in zip(self.meta["states"], self._buffers.state, strict=True)}
 
+    @alone
     def set_state(self, state: Mapping[str, Any], lanes: Any = None) -> None:
         """Go on from a snapshot of this step model or of the PyTorch one's lanes; or put it in the place of some lanes.
 
         Raises:
             StateError: it belongs to another model; nothing has changed.
         """
+        self._set(state, lanes, () if self._buffers is None else self._buffers.now.held)
+
+    def _set(self, state: Mapping[str, Any], lanes: Any, held: Sequence[Array]) -> None:
         if not state and lanes is None:
-            self.clean_state()
+            self._buffers = None
             return
         specs = self.meta["states"]
         wanted = {s["key"] for s in specs}
@@ -546,18 +593,17 @@ class OnnxStep:
         if isinstance(self._pinned, int) and lanes is None and count != self._pinned:
             raise StateError(f"this file was exported for a batch of {self._pinned}, not {count}")
         if lanes is None:
-            if self._buffers is None or self._buffers.lanes != count:
-                self._buffers = _Buffers(self.session, self.meta, count)
-            self._restore(self._buffers, arrays)
-            self._ended = False
+            buffers = self._room(count)
+            buffers.copy(arrays)
+            buffers.now = _Now(buffers.now.current, tuple(held))
+            self._buffers, self._spare = buffers, self._buffers
             return
         if self._buffers is None:
             raise StateError("there are no lanes yet: set_state(state) without lanes, or make a first call")
         at = _indices(lanes, self._buffers.lanes)
         if at.size != count:
             raise InputError(f"a state of {count} lanes for {at.size} lanes")
-        for mine, given in zip(self._buffers.state, arrays, strict=True):
-            mine[at] = given
+        self._put(arrays, at)
 
     def save_state(self, path: str | os.PathLike[str]) -> None:
         """Write a snapshot of all lanes to a file; see `StepModule.save_state`, whose model can load it."""
@@ -567,9 +613,11 @@ class OnnxStep:
         if not state:
             about["form"] = "stream"
             state = {"count": np.zeros((), np.int64)}
-        state |= {f"{HELD}{i}": np.ascontiguousarray(x) for i, x in enumerate(self._held)}
+        held = () if self._buffers is None else self._buffers.now.held
+        state |= {f"{HELD}{i}": np.ascontiguousarray(x) for i, x in enumerate(held)}
         write_state(path, state, about, "numpy")
 
+    @alone
     def load_state(self, path: str | os.PathLike[str]) -> None:
         """Go on from a snapshot in a file, written by this model or by the PyTorch step model that it was made from.
 
@@ -579,15 +627,14 @@ class OnnxStep:
         state, about = read_state(path, self.meta["fingerprint"], "numpy")
         held = [state.pop(k) for k in sorted(state) if k.startswith(HELD)]
         if about.get("form") == "lanes":
-            self.set_state(state)
+            self._set(state, None, held)
         elif state.get("count", 1) == 0:
-            self.clean_state()
+            self._buffers = None
         else:
             raise StateError(
                 f"{os.fspath(path)} holds a stream that stands at a place where no lane can: save it after a multiple "
                 f"of {self.meta['period']} frames, begun with start, ready or length given"
             )
-        self._held = held
 
     # -- what is known of it -----------------------------------------------------------------------------------------
 
@@ -609,7 +656,20 @@ class OnnxStep:
             lambda lanes: self._blank(lanes, self._untimed_zeros(lanes)),
             self.forward_steps,
             np.copy,
+            self._mark,
         )
+
+    def _mark(self) -> Callable[[], None]:
+        """Takes the last run of the graph back."""
+        buffers = self._buffers
+        now = None if buffers is None else buffers.now
+
+        def back() -> None:
+            if buffers is not None and now is not None:
+                buffers.now = now
+            self._buffers = buffers
+
+        return back
 
     def _untimed_zeros(self, lanes: int) -> list[Array]:
         shapes = [(self._model_shape(i, 0), i) for i in self.meta["inputs"] if not i["frames_per_tick"]]

@@ -67,6 +67,18 @@ class AdaptiveGraph(nn.Module):
         return self.time(F.relu(self.mix(torch.matmul(x.view(n, c * t, v), graph).view(n, c, t, v))))
 
 
+class SlowerGraph(nn.Module):
+    """The same at half the rate, its scale by the clip's length there."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Conv2d(3, 3, (3, 1), (2, 1), (1, 0)), AdaptiveGraph()
+        self.second.time = nn.Conv2d(4, 4, 1)
+
+    def forward(self, x):
+        return self.second(self.first(x))
+
+
 class Encoder(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -83,6 +95,7 @@ NETS = [
     pytest.param(Standardised, (2, 2, 8), 2, id="standardised"),
     pytest.param(Range, (2, 2, 7), 2, id="range"),
     pytest.param(AdaptiveGraph, (2, 3, 6, 5), 2, id="adaptive_graph"),
+    pytest.param(SlowerGraph, (2, 3, 6, 5), 2, id="slower_graph"),
     pytest.param(Encoder, (2, 7, 4), 1, id="encoder"),
 ]
 
@@ -123,6 +136,19 @@ def test_the_trailing_form_is_the_op_on_the_frames_so_far():
         return model.conv(torch.cat(frames, 2))
 
     torch.testing.assert_close(step.reference_module(x), slowly(x), rtol=1e-4, atol=1e-5, equal_nan=True)
+
+
+def test_a_slower_stream_looks_back_as_long_as_a_clip():
+    """Frame j at half the rate is the last frame of the model on the frames of that stream which a clip holds."""
+    torch.manual_seed(0)
+    model = SlowerGraph().eval()
+    step = cofx.compile(model, torch.randn(1, 3, 8, 5), nonlocal_ops="continual")
+    x = torch.randn(1, 3, 17, 5)
+    got, slow = step.reference_module(x), model.first(x)
+    assert got.shape[2] == slow.shape[2] == 9
+    for j in range(9):
+        wanted = model.second(slow[:, :, max(0, j - 3) : j + 1].contiguous())[:, :, -1]
+        torch.testing.assert_close(got[:, :, j], wanted, rtol=1e-4, atol=1e-5)
 
 
 def test_the_reference_can_be_tuned():

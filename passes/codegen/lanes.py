@@ -21,7 +21,7 @@ import dataclasses
 import functools
 import math
 import operator
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -35,6 +35,7 @@ from torch.utils import _pytree as pytree
 from ...runtime.program import Program, StateSpec
 from ..layout import BATCH, Layout
 from ..schedule_delays import Schedule, schedule_delays
+from .flat import flatten
 from .graph_module import FOREVER, Key, generate, state_specs
 
 if TYPE_CHECKING:
@@ -99,6 +100,7 @@ class LaneProgram:
         module: ``(frames..., [start, ready, length,] position, state...) -> (outputs, valid, (position, state...))``.
             `start` and `ready` are bool, `length` int64, each of shape (lanes, 1). `valid` has a tensor per output,
             (lanes, frames), or (lanes,) where the output has no time axis.
+        run: the same as a plain function, which is what runs.
         ticks: that it takes.
         inputs, outputs: what they look like.
         states: the position, then all that is kept, lanes first; zeros are a lane that has not begun.
@@ -107,6 +109,7 @@ class LaneProgram:
     """
 
     module: fx.GraphModule
+    run: Callable[..., Any]
     ticks: int
     inputs: list[LaneInput]
     outputs: list[LaneOutput]
@@ -374,8 +377,10 @@ class _Build:
         self.graph.eliminate_dead_code()
         self.graph.lint()
         module = fx.GraphModule(self.root, self.graph, class_name="LaneProgram")
+        tensors = {n.target: getattr(module, n.target) for n in self.graph.nodes if n.op == "get_attr"}
         return LaneProgram(
             module,
+            flatten(self.graph, tensors),
             self.key.ticks,
             inputs,
             [o for _, o in outputs],

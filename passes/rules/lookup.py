@@ -20,7 +20,10 @@ def embedding(call: Call) -> Fact:
     x = call.stream("indices")
     weight, node = call.samples[0]["weight"], call.samples[0]["indices"]
     call.require(isinstance(call.fact(weight), Static), "its table depends on time")
-    return call.framewise(Layout((*x.layout.dims, call.static_layout(weight)[1])), [x], _within(weight, {node: 0}))
+    return call.emit(
+        Layout((*x.layout.dims, call.static_layout(weight)[1])), [read(x)], length_of=[x],
+        lower=_within(weight, {node: 0}), masked_until=int(x.indexed),
+    )  # fmt: skip
 
 
 @rule(aten.index.Tensor)
@@ -39,6 +42,7 @@ def index(call: Call) -> Fact:
         return call.emit(
             result, [read(v) for v in streams.values()], length_of=[next(iter(streams.values()))],
             nodes=list(streams), lower=_within(node, dict(zip(given, at, strict=True)), negative=True),
+            masked_until=int(any(v.indexed for v in streams.values())),
         )  # fmt: skip
     x = call.stream("self")
     call.require(all(isinstance(call.fact(n), Static) for n in given), "indices that depend on time")

@@ -57,7 +57,7 @@ def loop(call: Call) -> Fact:
             for part, result, node in zip(collected, target.results, after[len(state) :], strict=True):
                 part.append(node if result.how == "cat" else b.aten("unsqueeze.default", node, result.dim))
         joined = [b.cat(part, r.dim) for part, r in zip(collected, target.results, strict=True)]
-        return tuple(joined), state
+        return (tuple(joined), state) if op.carries else tuple(joined)
 
     layouts = []
     for i, result in enumerate(target.results):
@@ -74,8 +74,9 @@ def loop(call: Call) -> Fact:
         length_of=[streams[0]],
         lower=lower,
         carries=carries,
-        sequential=True,
-        masked_until=1,
+        indexed=target.start is not None,
+        sequential=bool(carries),
+        masked_until=1 if carries or target.start is not None else 0,
         nodes=sources,
         dtypes=[v.dtype for v in call.node.meta["val"]],
     )
@@ -112,7 +113,18 @@ class _Average(nn.Module):
         return torch.stack(out, 2)
 
 
+class _EachFrame(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(3, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(batch, channels, time): nothing is handed on from frame to frame."""
+        return torch.stack([torch.tanh(self.linear(x[:, :, t])) for t in range(x.shape[2])], 2)
+
+
 SAMPLES = [
+    Sample("loop_without_memory", _EachFrame, (2, 3, 9)),
     Sample("cell_loop", _Cell, (2, 9, 3), 1, unbounded=True),
     Sample("average_loop", _Average, (2, 3, 9), unbounded=True),
 ]

@@ -282,7 +282,33 @@ def slice_scatter(call: Call) -> Fact:
 
 SAMPLES = [
     Sample("trim", lambda: _Trim(), (1, 2, 10)),
+    Sample("late_positions", lambda: _LatePositions(), (2, 3, 9), length=16),
+    Sample("chosen_channels", lambda: _ChosenChannels(), (2, 3, 9)),
 ]
+
+
+class _LatePositions(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.table, self.turn = nn.Conv1d(3, 4, 5), nn.Embedding(200, 4), nn.Parameter(torch.randn(2, 4))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(batch, channels, time): positions by tables, of a stream that comes late; one table begins again."""
+        y: torch.Tensor = self.conv(x)
+        at = torch.arange(y.shape[2])
+        y = y + self.table(at).T + self.turn[at % 2].T
+        return y
+
+
+class _ChosenChannels(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.order = nn.Buffer(torch.tensor([2, 0, 0, 1]))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(batch, channels, time): channels in another order."""
+        chosen: torch.Tensor = x[:, self.order]
+        return chosen
 
 
 class _Trim(nn.Module):

@@ -12,6 +12,7 @@ from . import (
     pad_slice,
     pool,
     recurrent,
+    seed_library,
     upsample,
     window,
 )
@@ -19,7 +20,7 @@ from .sample import Kind, Sample
 
 FAMILIES = (
     conv, pool, pad_slice, branches, upsample, norm_act, fold, recurrent, attention, cumulative, multi_io, window,
-    half_types,
+    half_types, seed_library,
 )  # fmt: skip
 SAMPLES: list[Sample] = [sample for family in FAMILIES for sample in family.SAMPLES]
 

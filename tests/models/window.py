@@ -206,6 +206,12 @@ SAMPLES = [
         attention=lambda: nn.MultiheadAttention(4, 2, batch_first=True),
         fields=POOLED,
     ),
+    net(
+        "attention_of_the_frames_themselves",
+        lambda m, x: F.scaled_dot_product_attention(x, x, x)[:, -1],
+        shape=(2, 6, 4),
+        fields={"time_dim": 1} | POOLED,
+    ),
     net("attention_by_hand", attend_by_hand, shape=(2, 6, 4), project=lambda: nn.Linear(4, 12), fields={"time_dim": 1}),
     clip("encoder", lambda: Encoder("all"), (1, 4, 6)),
     clip("encoder_last", lambda: Encoder("last", norm_first=True), (1, 4, 6), **POOLED),
