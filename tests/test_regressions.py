@@ -295,3 +295,15 @@ def test_a_size_computed_in_floating_point_may_grow_with_the_length() -> None:
     assert step.verify(X[:, :, :24]).exact
     with pytest.raises(cofx.InputError, match="cannot end here"):
         step.verify(X[:, :, :25])
+
+
+def test_a_module_that_writes_to_its_parameters_in_forward_is_told_so() -> None:
+    """``.data`` hides the write from torch.export, whose own message names no cause (SyncNet)."""
+
+    def forward(m: nn.Module, x: torch.Tensor) -> torch.Tensor:
+        y = m.conv(x)
+        m.conv.bias.data.clamp_(min=0)
+        return y
+
+    with pytest.raises(cofx.CaptureError, match="changes its parameters"):
+        cofx.compile(Of(forward, conv=nn.Conv1d(3, 3, 3)), X)
