@@ -32,6 +32,7 @@ from .registry import Call, Fact, InClip
 from .roll_up_loops import gather_assignments, roll_up_loops
 from .schedule_delays import Schedule, reach, schedule_delays
 from .stream_graph import Clip, Op, Value, View, read
+from .unfold_spectra import unfold_spectra
 
 
 @dataclass(eq=False)
@@ -180,6 +181,7 @@ def compile_plan(
     alike = captured.symbolic_time or compare_lengths(graph, captured, again)
     if alike and not captured.symbolic_time:
         fold_positions(graph)
+        unfold_spectra(graph)
         constants = Constants(tensors(model, captured), not_constant(graph, captured))
         facts = propagate_facts(graph, captured, clock, constants, context)
     leaves = list(pytree.tree_leaves(graph.output_node().args[0]))
@@ -256,6 +258,7 @@ def _understand(
     graph = canonicalize(captured)
     gather_assignments(graph)
     fold_positions(graph)
+    unfold_spectra(graph)
     while True:
         constants = Constants(tensors(model, captured), not_constant(graph, captured))
         facts = propagate_facts(graph, captured, clock, constants, context)
