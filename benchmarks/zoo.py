@@ -39,6 +39,8 @@ sys.path.insert(0, str(Path(__file__).parent))
 from zoo_entries import ENTRIES, Entry, prepare_imports
 
 RESULTS = Path(__file__).parent / "results" / "zoo.json"
+# a model that cannot be traced for one of these reasons is refused, for any other it failed
+NAMED = ("what it computes depends on the data", "changes its buffers", "changes its parameters")
 EXTRA = 6  # evaluations of a clip that are verified beyond the first
 
 
@@ -61,7 +63,8 @@ def measure(entry: Entry) -> dict[str, Any]:
     except cofx.RefusedError as error:
         return row | {"outcome": "refused", "why": _short(error), "trace": str(error)}
     except Exception as error:
-        return row | {"outcome": "failed", "why": _short(error), "trace": traceback.format_exc()}
+        outcome = "refused" if any(reason in str(error) for reason in NAMED) else "failed"
+        return row | {"outcome": outcome, "why": _short(error), "trace": traceback.format_exc()}
     try:
         row["equivalence"] = "/".join(dict.fromkeys(o.equivalence for o in step.outputs))
         row["delay"] = str(step.delay)

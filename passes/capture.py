@@ -156,6 +156,9 @@ def _told(error: Exception, where: str | None) -> str:
     if "DataDependent" in kind or "value out of a tracing tensor" in str(error):
         reason = "the model could not be traced: what it computes depends on the data, by a branch or a size"
         hint = "compute both sides and choose with torch.where, or keep this out of the model that is compiled"
+    elif "fake tensor in the exported program" in str(error):
+        reason = "the model could not be traced: it changes its parameters or buffers in forward, even in eval mode"
+        where, hint = None, "change them once before compiling, or write forward so that it computes changed copies"
     elif isinstance(error, CaptureError):
         reason = f"the model could not be traced: {_cause(error)}"
     else:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import math
 import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -38,7 +39,7 @@ AHEAD = (1, 3, 10, 30, 100, 300, 1000)
 AHEAD_FIXED = (2, 16, 512)  # one with a fixed length, in lengths of the trace: each is a run
 
 Place = tuple[Any, ...]
-Numbers = tuple[int | str, ...]
+Numbers = tuple[float | str, ...]
 Line = tuple[str, int, str]  # file, number, function
 
 
@@ -226,13 +227,13 @@ class _Recorder(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-def _numbers(args: Any) -> Iterator[int | str]:
+def _numbers(args: Any) -> Iterator[float | str]:
     """What a call was given beside tensors."""
     for x in pytree.tree_leaves(args):
         if isinstance(x, slice):
             yield from _numbers((x.start, x.stop, x.step))
         elif not isinstance(x, torch.Tensor):
-            yield x if type(x) is int else str(x)
+            yield x if type(x) is int or (type(x) is float and math.isfinite(x)) else str(x)
 
 
 def _follow(base: list[Numbers], far: list[Numbers], farther: list[Numbers]) -> bool:
@@ -240,10 +241,14 @@ def _follow(base: list[Numbers], far: list[Numbers], farther: list[Numbers]) -> 
     if not len(base) == len(far) == len(farther):
         return False
     triples = [t for calls in zip(base, far, farther, strict=True) for t in itertools.zip_longest(*calls)]
-    return all(
-        a == b == c or (isinstance(a, int) and isinstance(b, int) and isinstance(c, int) and c - a == 3 * (b - a))
-        for a, b, c in triples
-    )
+    return all(a == b == c or _grows(a, b, c) for a, b, c in triples)
+
+
+def _grows(a: Any, b: Any, c: Any) -> bool:
+    if not all(isinstance(x, (int, float)) for x in (a, b, c)):
+        return False
+    more, most = b - a, c - a
+    return bool(most == 3 * more or (isinstance(most, float) and math.isclose(most, 3 * more)))
 
 
 def _place(frame: FrameType | None) -> tuple[Place, Line | None]:

@@ -42,37 +42,37 @@ def fold_positions(graph: fx.Graph) -> None:
         if kept is not None:
             if kept.meta["sizes"] != node.meta["sizes"]:
                 wide: list[Any] = [((kept, list(s)), {}) for s in node.meta["sizes"]]
-                kept = _call(graph, node, aten.expand.default, wide, node.meta["sizes"], value)
-            _take_place(node, kept)
+                kept = call_at(graph, node, aten.expand.default, wide, node.meta["sizes"], value)
+            take_place(node, kept)
             continue
         if (part := _part(node, ramps)) is not None:
-            _take_place(node, _call(graph, node, aten.slice.Tensor, part, node.meta["sizes"], value))
+            take_place(node, call_at(graph, node, aten.slice.Tensor, part, node.meta["sizes"], value))
             continue
         ramp = _ramp(node, ramps)
         if ramp is None:
             continue
-        sizes = _sizes(node)
+        sizes = sizes_of(node)
         if ramp.step and set(sizes[ramp.axis]) == {1}:
             ramp = Ramp(ramp.start)
         new = node
-        if _moves(node) and node.target not in (_PLAIN if ramp.step else _PLAIN_NUMBERS):
+        if moves(node) and node.target not in (_PLAIN if ramp.step else _PLAIN_NUMBERS):
             new = _made_anew(graph, node, ramp)
-            _take_place(node, new)
+            take_place(node, new)
         ramps[new] = ramp
     graph.eliminate_dead_code()
 
 
-def _sizes(node: fx.Node) -> list[Sizes]:
+def sizes_of(node: fx.Node) -> list[Sizes]:
     """A shape: for each dimension its sizes at the sample points."""
     return list(zip(*node.meta["sizes"], strict=True))
 
 
-def _moves(node: fx.Node) -> bool:
+def moves(node: fx.Node) -> bool:
     """Whether the shape is not the same at all sample points."""
     return len(set(node.meta["sizes"])) > 1
 
 
-def _take_place(old: fx.Node, new: fx.Node) -> None:
+def take_place(old: fx.Node, new: fx.Node) -> None:
     """Let all that read one node read another."""
     users = list(old.users)
     old.replace_all_uses_with(new, propagate_meta=False)
@@ -126,7 +126,7 @@ def _ramp(node: fx.Node, ramps: dict[fx.Node, Ramp]) -> Ramp | None:
             return _converted(of, dtype)
         return _moved(node, first, of, ramps)
     if of is not None and node.target is aten.cumsum.default and not of.step and not dtype.is_floating_point:
-        return Ramp(int(of.start), int(of.start), args["dim"] % len(_sizes(node)))
+        return Ramp(int(of.start), int(of.start), args["dim"] % len(sizes_of(node)))
     if of is not None and node.target is aten.diff.default:
         return _differences(node, of, given)
     if torch.Tag.pointwise in node.target.tags:
@@ -152,7 +152,7 @@ def _converted(ramp: Ramp, dtype: torch.dtype) -> Ramp | None:
 
 def _moved(node: fx.Node, first: Any, of: Ramp, ramps: dict[fx.Node, Ramp]) -> Ramp | None:
     """A ramp whose dimensions were moved, or of which part is taken."""
-    before, after, args = _sizes(first), _sizes(node), node.meta["samples"][0]
+    before, after, args = sizes_of(first), sizes_of(node), node.meta["samples"][0]
     if node.target is aten.index.Tensor:
         return _looked_up(node, first, of, ramps)
     if node.target in (aten.transpose.int, aten.permute.default):
@@ -193,12 +193,12 @@ def _outer(node: fx.Node, axis: int) -> list[int]:
 def _looked_up(node: fx.Node, first: Any, of: Ramp, ramps: dict[fx.Node, Ramp]) -> Ramp | None:
     """A ramp looked up at positions, which are none below zero: a ramp again."""
     indices = node.meta["samples"][0]["indices"]
-    if len(indices) != len(_sizes(first)) or any(i is None for i in indices):
+    if len(indices) != len(sizes_of(first)) or any(i is None for i in indices):
         return None
     at = ramps.get(indices[of.axis])
     if at is None or at.start < 0 or at.step < 0:
         return None
-    axis = at.axis + len(_sizes(node)) - len(_sizes(indices[of.axis]))
+    axis = at.axis + len(sizes_of(node)) - len(sizes_of(indices[of.axis]))
     return Ramp(of.start + of.step * at.start, of.step * at.step, axis)
 
 
@@ -206,11 +206,11 @@ def _differences(node: fx.Node, of: Ramp, given: dict[str, Ramp | None]) -> Ramp
     args = node.meta["samples"][0]
     if args.get("append") is not None or args.get("n", 1) != 1:
         return None
-    axis = args.get("dim", -1) % len(_sizes(node))
+    axis = args.get("dim", -1) % len(sizes_of(node))
     step = of.step if axis == of.axis else 0
     if args.get("prepend") is not None:
         before = given["prepend"]
-        one = before is not None and not before.step and set(_sizes(args["prepend"])[axis]) == {1}
+        one = before is not None and not before.step and set(sizes_of(args["prepend"])[axis]) == {1}
         if not one or before is None or before.start != of.start - step or (of.step and axis != of.axis):
             return None
     return Ramp(step)
@@ -236,12 +236,12 @@ def _combined(node: fx.Node, ramps: dict[fx.Node, Ramp]) -> Ramp | None:
         return Ramp(number) if _is_number(number) else None
     if "other" not in args or any(n.meta["val"].dtype.is_floating_point for n in nodes):
         return None
-    rank = len(_sizes(node))
+    rank = len(sizes_of(node))
     operands = []
     for operand in (args["self"], args["other"]):
         if isinstance(operand, fx.Node):
             r = ramps[operand]
-            operands.append(Ramp(r.start, r.step, r.axis + rank - len(_sizes(operand)) if r.step else 0))
+            operands.append(Ramp(r.start, r.step, r.axis + rank - len(sizes_of(operand)) if r.step else 0))
         elif isinstance(operand, int):
             operands.append(Ramp(operand))
         else:
@@ -307,39 +307,39 @@ def _part(node: fx.Node, ramps: dict[fx.Node, Ramp]) -> list[Any] | None:
         ramp is None
         or ramp.start < 0
         or ramp.step < 1
-        or len(_sizes(indices[at[0]])) != 1
-        or not _moves(indices[at[0]])
+        or len(sizes_of(indices[at[0]])) != 1
+        or not moves(indices[at[0]])
     ):
         return None
-    lengths = _sizes(indices[at[0]])[0]
+    lengths = sizes_of(indices[at[0]])[0]
     stops = [ramp.start + ramp.step * (n - 1) + 1 for n in lengths]
     return [((args["self"], at[0], ramp.start, stop, ramp.step), {}) for stop in stops]
 
 
 def _made_anew(graph: fx.Graph, node: fx.Node, ramp: Ramp) -> fx.Node:
     """The ops that make it, before the node."""
-    value, sizes = node.meta["val"], _sizes(node)
+    value, sizes = node.meta["val"], sizes_of(node)
     like = {"dtype": value.dtype, "device": value.device}
     shapes = node.meta["sizes"]
     if not ramp.step:
-        return _call(graph, node, aten.full.default, [((list(s), ramp.start), like) for s in shapes], shapes, value)
+        return call_at(graph, node, aten.full.default, [((list(s), ramp.start), like) for s in shapes], shapes, value)
     lengths = sizes[ramp.axis]
     ends = [((ramp.start, ramp.start + ramp.step * n, ramp.step), like) for n in lengths]
     line = value
     for dim in reversed(range(len(sizes))):
         line = line.select(dim, 0) if dim != ramp.axis else line
-    new = _call(graph, node, aten.arange.start_step, ends, [(n,) for n in lengths], line)
+    new = call_at(graph, node, aten.arange.start_step, ends, [(n,) for n in lengths], line)
     if len(sizes) > 1:
         lying = [tuple(n if i == ramp.axis else 1 for i in range(len(sizes))) for n in lengths]
         flat = line[(None,) * ramp.axis + (slice(None),) + (None,) * (len(sizes) - ramp.axis - 1)]
-        new = _call(graph, node, aten.reshape.default, [((new, list(s)), {}) for s in lying], lying, flat)
+        new = call_at(graph, node, aten.reshape.default, [((new, list(s)), {}) for s in lying], lying, flat)
         if lying != list(shapes):
             wide: list[Any] = [((new, list(s)), {}) for s in shapes]
-            new = _call(graph, node, aten.expand.default, wide, shapes, value)
+            new = call_at(graph, node, aten.expand.default, wide, shapes, value)
     return new
 
 
-def _call(graph: fx.Graph, like: fx.Node, target: Any, calls: list[Any], sizes: list[Any], value: Any) -> fx.Node:
+def call_at(graph: fx.Graph, like: fx.Node, target: Any, calls: list[Any], sizes: list[Any], value: Any) -> fx.Node:
     """A call with its arguments and its result's shape at each sample point."""
     with graph.inserting_before(like):
         node = graph.call_function(target, *calls[0])

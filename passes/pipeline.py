@@ -25,12 +25,14 @@ from .compare_lengths import compare_lengths
 from .compare_runs import Runs
 from .errors import NonLocalError, Refusal, RefusedError, module_path
 from .fold_positions import fold_positions
+from .layout import TIME
 from .loops import Loop
 from .propagate_facts import Facts, propagate_facts
-from .registry import Call, InClip
+from .registry import Call, Fact, InClip
 from .roll_up_loops import gather_assignments, roll_up_loops
 from .schedule_delays import Schedule, reach, schedule_delays
 from .stream_graph import Clip, Op, Value, View, read
+from .unfold_spectra import unfold_spectra
 
 
 @dataclass(eq=False)
@@ -179,6 +181,7 @@ def compile_plan(
     alike = captured.symbolic_time or compare_lengths(graph, captured, again)
     if alike and not captured.symbolic_time:
         fold_positions(graph)
+        unfold_spectra(graph)
         constants = Constants(tensors(model, captured), not_constant(graph, captured))
         facts = propagate_facts(graph, captured, clock, constants, context)
     leaves = list(pytree.tree_leaves(graph.output_node().args[0]))
@@ -255,6 +258,7 @@ def _understand(
     graph = canonicalize(captured)
     gather_assignments(graph)
     fold_positions(graph)
+    unfold_spectra(graph)
     while True:
         constants = Constants(tensors(model, captured), not_constant(graph, captured))
         facts = propagate_facts(graph, captured, clock, constants, context)
@@ -273,7 +277,7 @@ def tensors(model: nn.Module, captured: Capture) -> dict[str, torch.Tensor]:
 
 def _values(facts: Facts, leaves: list[fx.Node], equivalence: str | None, newest: bool) -> list[Value | None]:
     """A value for every output leaf that depends on time."""
-    in_clip = [n for n in leaves if isinstance(facts.of[n], InClip) or (equivalence == "clip" and _timed(facts, n))]
+    in_clip = [n for n in leaves if _ends(facts.of[n]) or (equivalence == "clip" and _timed(facts, n))]
     clips = build_clips(facts, list(dict.fromkeys(in_clip)), equivalence, newest)
     values: list[Value | None] = []
     for leaf in leaves:
@@ -285,6 +289,14 @@ def _values(facts: Facts, leaves: list[fx.Node], equivalence: str | None, newest
         else:
             values.append(None)
     return values
+
+
+def _ends(fact: Fact) -> bool:
+    """Whether an output is given for clips: it is no stream, or its frames lie among something else's (B*T)."""
+    if not isinstance(fact, Value):
+        return isinstance(fact, InClip)
+    place = fact.layout[fact.layout.time]
+    return place[0] is not TIME or not all(isinstance(f, int) for f in place[1:])
 
 
 def _timed(facts: Facts, leaf: fx.Node) -> bool:

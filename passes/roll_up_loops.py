@@ -216,12 +216,12 @@ class _Match:
         for t in range(2, last + 1):
             rest = iter(bodies[t])
             node = next(rest, None)
-            for before in bodies[t - 1] if t < last else [n for n in bodies[t - 1] if n in self.place]:
+            for before in [n for n in bodies[t - 1] if n in self.place]:
                 if node is not None and self.same(before, node, t):
                     self.place[node] = self.place[before]
                     node = next(rest, None)
-                elif t < last:
-                    raise _NoLoop  # (in the last iteration what nobody reads is missing)
+                elif t == 2 < last:
+                    raise _NoLoop  # (in the last iterations what nobody reads is missing)
             if node is not None and t < last:
                 raise _NoLoop
 

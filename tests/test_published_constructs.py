@@ -5,7 +5,7 @@ import torch
 from torch import Tensor, nn
 
 import cofx
-from contract import check_contract
+from contract import CHECKS, check_contract
 
 
 class PackedMask(nn.Module):
@@ -74,11 +74,53 @@ class EveryOther(nn.Module):
         return x[:, :, at] + x.index_select(2, at)
 
 
+class Decayed(nn.Module):
+    """A loop that prepares its next iteration: of the last one, and of the one before, nobody reads all (RWKV)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.decay = nn.Parameter(torch.rand(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(batch, time, 3)"""
+        out, total = torch.zeros_like(x), torch.zeros_like(x[:, 0])
+        most = torch.zeros_like(x[:, 0]) - 1e38
+        for t in range(x.shape[1]):
+            now = x[:, t]
+            largest = torch.maximum(most, now)
+            out[:, t] = torch.exp(most - largest) * total + torch.exp(now - largest)
+            after = torch.maximum(most - self.decay, now)
+            total = torch.exp(most - self.decay - after) * total + torch.exp(now - after)
+            most = after
+        return out
+
+
+class FilterBank(nn.Module):
+    """Filters applied by Fourier transforms (torchaudio.functional.fftconvolve): for each channel, and one for all."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.each, self.one = nn.Parameter(torch.randn(1, 3, 5)), nn.Parameter(torch.randn(4))
+
+    def filtered(self, x: Tensor, h: Tensor) -> Tensor:
+        """All of the convolution, ``x.shape[-1] + h.shape[-1] - 1`` frames."""
+        n = x.shape[-1] + h.shape[-1] - 1
+        y: Tensor = torch.fft.irfft(torch.fft.rfft(x, n=n) * torch.fft.rfft(h, n=n), n=n)
+        return y
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(batch, channels, time)"""
+        return self.filtered(x, self.each)[..., 2:-2] + self.filtered(x, self.one[None, None])[..., : x.shape[-1]]
+
+
 CASES = {
     "packed_mask": (PackedMask, (2, 9, 4), 1, {"unbounded": True}),
     "packed_mask_in_a_window": (lambda: PackedMask(4), (2, 9, 4), 1, {}),
     "mask_from_an_offset": (OffsetMask, (2, 9, 4), 1, {}),
     "first_frame_kept": (FirstFrameKept, (2, 3, 9), 2, {}),
+    "loop_that_looks_ahead": (Decayed, (2, 9, 3), 1, {"unbounded": True}),
+    # (a Fourier transform's rounding touches every frame, so that what an output depends on cannot be measured)
+    "filters_by_fourier_transform": (FilterBank, (2, 3, 12), 2, {"checks": [*set(CHECKS) - {"receptive_field"}]}),
     "every_other_frame": (EveryOther, (2, 3, 10), 2, {"multiple": 2, "length": 24}),
 }
 

@@ -347,3 +347,37 @@ def test_lane_programs_outlive_a_clean_state() -> None:
         step.model.weight.mul_(2)
     step.clean_state()
     torch.testing.assert_close(in_lanes(step, X, 9), step.model(X[:, :, :9]))
+
+
+def test_an_output_whose_frames_lie_among_the_batch_is_given_for_clips() -> None:
+    """Four frames make one row, so that longer clips have more rows than there are streams (Crepe)."""
+    model = Of(lambda m, x: m.head(x.transpose(1, 2).reshape(-1, 12)), head=nn.Linear(12, 2))
+    step = cofx.compile(model, X[:, :, :4])
+    assert step.equivalence == "clip"
+    assert step.verify(X[:, :, :9]).exact
+
+
+def test_a_size_computed_in_floating_point_may_grow_with_the_length() -> None:
+    """Two frames for every three, counted as torchaudio's resampling counts them."""
+
+    def forward(m: nn.Module, x: torch.Tensor) -> torch.Tensor:
+        frames = m.conv(x).transpose(1, 2).reshape(x.shape[0], -1)
+        return frames[:, : torch.ceil(torch.as_tensor(2 * x.shape[2] / 3)).long()]
+
+    step = cofx.compile(Of(forward, conv=nn.Conv1d(3, 2, 6, 3, padding=3)), X[:, :, :12])
+    assert step.equivalence == "stream"
+    assert step.verify(X[:, :, :24]).exact
+    with pytest.raises(cofx.InputError, match="cannot end here"):
+        step.verify(X[:, :, :25])
+
+
+def test_a_module_that_writes_to_its_parameters_in_forward_is_told_so() -> None:
+    """``.data`` hides the write from torch.export, whose own message names no cause (SyncNet)."""
+
+    def forward(m: nn.Module, x: torch.Tensor) -> torch.Tensor:
+        y = m.conv(x)
+        m.conv.bias.data.clamp_(min=0)
+        return y
+
+    with pytest.raises(cofx.CaptureError, match="changes its parameters"):
+        cofx.compile(Of(forward, conv=nn.Conv1d(3, 3, 3)), X)
