@@ -31,7 +31,7 @@ from .symbolic_recurrence import symbolic_recurrence
 
 # how far ahead one looks for numbers that follow the length: by a multiple of all strides, so that nothing is rounded,
 # by a clip or half of one, or less far (behind, at last) where a table ends or frames are looped over
-FOLLOWED = (60, 12, 4, 2, 1, -1, -2, -4)
+FOLLOWED, NEARBY = (60, 12), (4, 2, 1, -1, -2, -4)
 KEPT_RUNS = 64
 MORE_CALLS = 4  # a run with so many times the calls of the traced one is not seen to its end
 # how far ahead a trace with open length is looked at, in steps of `CONGRUENT` ticks
@@ -146,7 +146,7 @@ class Runs:
             if base is None:
                 return None
             moving: set[Place] = set()
-            steps = (self.traced, (self.traced + 1) // 2, *FOLLOWED)
+            steps = (*FOLLOWED, self.traced, (self.traced + 1) // 2, *NEARBY)
             for ahead in (CONGRUENT, *steps) if self.captured.symbolic_time else steps:
                 far, farther = self.at(self.traced + ahead), self.at(self.traced + 3 * ahead)
                 if far is None or farther is None or far.cut or farther.cut:
