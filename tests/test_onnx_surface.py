@@ -254,7 +254,7 @@ def test_an_op_without_onnx_form_is_named(tmp_path) -> None:
             return torch.special.gammaincc(x.abs(), x.abs() + 1)
 
     step = cofx.compile(Gamma(), X)
-    with pytest.raises(cofx.CompileError, match="igammac"):
+    with pytest.raises(cofx.CompileError, match="(?s)igammac.*at .*test_onnx_surface.py.*gammaincc"):
         step.to_onnx(tmp_path / "step.onnx")
     assert os.listdir(tmp_path) == []
 
@@ -316,7 +316,8 @@ def test_int8_weights(tmp_path, capsys) -> None:
     step.to_onnx(tmp_path / "full.onnx", dynamic_batch=False)
     step.to_onnx(tmp_path / "small.onnx", quantize="int8")
     assert sorted(os.listdir(tmp_path)) == ["full.onnx", "small.onnx"]
-    assert os.path.getsize(tmp_path / "small.onnx") < 0.5 * os.path.getsize(tmp_path / "full.onnx")
+    full, small = (os.path.getsize(tmp_path / f"{name}.onnx") for name in ("full", "small"))
+    assert full - small > 0.7 * 4 * sum(p.numel() for p in model.parameters())  # 8 of 32 bits save 0.75
     mine = OnnxStep(tmp_path / "small.onnx")
     told = mine.meta["quantized"]
     assert 0 < told["difference"] < 0.05 * told["largest"]
