@@ -329,3 +329,26 @@ def test_int8_weights(tmp_path, capsys) -> None:
         OnnxStep(tmp_path / "small.onnx").forward_steps(X.numpy())
     with pytest.raises(cofx.InputError, match="quantize is one of"):
         step.to_onnx(tmp_path / "other.onnx", quantize="int4")
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda x: torch.hypot(x, 2 * x - 1),
+        lambda x: x.median(1).values,
+        lambda x: x.kthvalue(3, 1, keepdim=True).values,
+        lambda x: torch.logcumsumexp(x, 2),
+    ],
+    ids=["hypot", "median", "kthvalue", "logcumsumexp"],
+)
+def test_ops_written_in_others(function, tmp_path) -> None:
+    class Op(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return function(x)
+
+    step = cofx.compile(Op(), X, equivalence="stream", time_dim=2)
+    step.to_onnx(tmp_path / "step.onnx")
+    mine = OnnxStep(tmp_path / "step.onnx")
+    frames = [mine.forward_step(X[:, :, t].numpy()) for t in range(20)]
+    wanted = torch.stack([step.forward_step(X[:, :, t]) for t in range(20)])
+    np.testing.assert_allclose(np.stack(frames), wanted.numpy(), rtol=1e-5, atol=1e-6)
