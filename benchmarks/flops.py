@@ -7,7 +7,7 @@
 
 A step is one frame; its cost is the mean over a period (a network with strides does less on some frames). A network
 with global pooling inside (X3D's gates, A-GCN's attention over the clip) needs ``nonlocal_ops="continual"`` to stream
-past it, as continual-inference does: until that is there, its row is what the exact model costs, marked "pending".
+past it, as continual-inference does. Beside flops.json it writes a table, flops.md.
 """
 
 from __future__ import annotations
@@ -78,6 +78,29 @@ def measure(name: str) -> dict[str, Any]:
     }
 
 
+def table(rows: list[dict[str, Any]]) -> str:
+    """The rows in Markdown."""
+    lines = [
+        "# Multiply-adds per step against per clip",
+        "",
+        f"Made by `benchmarks/flops.py` with torch {torch.__version__.partition('+')[0]}, at full depth and the sizes",
+        "of the papers, random weights.",
+        "What a window that moves on by one frame costs, over what a step costs; beside it the ratio that",
+        "continual-inference publishes for its own form of the model.",
+        "",
+        "| model | frames of a clip | per clip | per step | ratio | theirs | equivalence | state, bytes |",
+        "|---|---:|---:|---:|---:|---:|---|---:|",
+    ]
+    for r in rows:
+        clip, step = (f"{r[key] / 1e6:,.2f} M" for key in ("macs_per_clip", "macs_per_step"))
+        theirs = f"{r['published']}x" if r["published"] else ""
+        lines.append(
+            f"| {r['model']} | {r['clip']} | {clip} | {step} | {r['ratio']}x | {theirs} | {r['equivalence']} "
+            f"| {r['state_bytes']:,} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
 def main() -> None:
     """Measure the models that the command line names."""
     warnings.simplefilter("ignore")
@@ -94,7 +117,9 @@ def main() -> None:
             flush=True,
         )
         RESULTS.parent.mkdir(exist_ok=True)
-        RESULTS.write_text(json.dumps([rows[n] for n in cases() if n in rows], indent=1) + "\n")
+        found = [rows[n] for n in cases() if n in rows]
+        RESULTS.write_text(json.dumps(found, indent=1) + "\n")
+        RESULTS.with_suffix(".md").write_text(table(found))
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ from torch import fx
 
 from .codegen.clips import evaluate_clip
 from .layout import TIME, Layout
+from .partial_reductions import reduced_frames
 from .propagate_facts import Facts
 from .registry import InClip, Static, Tail
 from .schedule import Int, Taps, floor_affine, minimum
@@ -85,7 +86,7 @@ def _is_border(facts: Facts, node: fx.Node, everything: bool) -> bool:
 def _build(facts: Facts, part: Part, newest: bool) -> dict[fx.Node, Value]:
     streams = facts.streams
     order = list(facts.graph.nodes)
-    borders = [_border(facts, n) for n in order if n in part.borders]
+    borders = [_border(facts, n, part.nodes) for n in order if n in part.borders]
     nodes = [n for n in order if n in part.nodes]
     ticks, clock = streams.ticks[0], streams.inputs[0]
     frames = int(clock.rate)
@@ -133,10 +134,11 @@ def _build(facts: Facts, part: Part, newest: bool) -> dict[fx.Node, Value]:
     return dict(zip(part.leaves, op.outputs, strict=True))
 
 
-def _border(facts: Facts, node: fx.Node) -> Border:
+def _border(facts: Facts, node: fx.Node, inside: set[fx.Node]) -> Border:
     fact = facts.of[node]
     if isinstance(fact, Tail):
         return Border(node, fact.of, fact.of.lengths[0] - fact.first, fact.count, fact.squeeze, fact.first)
+    fact = reduced_frames(facts.streams, node, fact, [u for u in node.users if u in inside]) or fact
     return Border(node, fact, 0, fact.lengths[0], False, None)
 
 

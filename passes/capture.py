@@ -28,6 +28,7 @@ from torch.export.graph_signature import InputKind
 from torch.utils import _pytree as pytree
 from torch.utils._sympy.printers import PythonPrinter
 
+from .both_branches import both_branches
 from .caught_errors import caught_errors
 from .errors import CaptureError, raised_at
 from .inline_regions import inline_regions
@@ -165,7 +166,7 @@ def _told(error: Exception, where: str | None) -> str:
 def _export(
     model: nn.Module, inputs: tuple[torch.Tensor, ...], dims: list[dict[int, Any]], known: KnownValues
 ) -> ExportedProgram:
-    with symbolic_recurrence(), caught_errors(), known:
+    with symbolic_recurrence(), caught_errors(), both_branches(known), known:
         program = export(
             model,
             inputs,

@@ -68,7 +68,7 @@ class KnownValues(TorchFunctionMode):
         tensors = [x for x in leaves if isinstance(x, torch.Tensor)]
         if not tensors and func not in _MADE_OF_NUMBERS:
             return func(*args, **kwargs)
-        if any(isinstance(x, _OPEN) for x in leaves) or not all(self._is_known(t) for t in tensors):
+        if any(isinstance(x, _OPEN) for x in leaves) or not all(self.knows(t) for t in tensors):
             if _writes(func, kwargs):
                 self._spoilt.update(_memory(self._values[t]) for t in tensors if t in self._values)
             return func(*args, **kwargs)
@@ -97,9 +97,10 @@ class KnownValues(TorchFunctionMode):
         return self._values[arg].item()
 
     def _is_integer(self, tensor: torch.Tensor) -> bool:
-        return tensor.dim() == 0 and tensor.dtype in (torch.int32, torch.int64) and self._is_known(tensor)
+        return tensor.dim() == 0 and tensor.dtype in (torch.int32, torch.int64) and self.knows(tensor)
 
-    def _is_known(self, tensor: torch.Tensor) -> bool:
+    def knows(self, tensor: torch.Tensor) -> bool:
+        """Whether a traced tensor's values can be read."""
         if tensor not in self._values:
             for module, name, path, value in self._buffers:  # while tracing, buffers are replaced in place
                 if module._buffers.get(name) is tensor:

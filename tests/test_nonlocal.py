@@ -290,3 +290,26 @@ def test_gradients_through_a_stream_are_the_offline_ones(build, chunks):
     torch.testing.assert_close(x.grad, z.grad)
     for p, q in zip(model.parameters(), twin.parameters(), strict=True):
         torch.testing.assert_close(p.grad, q.grad)
+
+
+class Pools(nn.Module):
+    """Mean, extremum, sum and deviation over the clip, of numbers far from zero."""
+
+    def forward(self, x):
+        return torch.cat([x.mean(2), x.amax(2), x.sum(2), x.std(2), (x - 1000).mean((2,))], 1)
+
+
+@pytest.mark.parametrize("steps", [4_000, pytest.param(1_000_000, marks=pytest.mark.slow)])
+def test_pools_do_not_drift(steps):
+    """After so many steps a pool is what it is for a clip: every clip is summed anew from its frames."""
+    torch.manual_seed(0)
+    model = Pools().eval()
+    step = cofx.compile(model, torch.randn(1, 2, 8))
+    frames = 1000 + 100 * torch.randn(1, 2, 20)
+    with torch.no_grad():
+        for _ in range(steps // 20):
+            got = step.forward_steps(frames)
+        last = torch.cat([frames, frames], 2)
+        for j in range(20):
+            wanted = model(last[:, :, j + 13 : j + 21])
+            torch.testing.assert_close(got[:, :, j], wanted, rtol=1e-6, atol=1e-4)

@@ -3,6 +3,7 @@
 Here: that no name is left out, the layers that it takes as they are, and what concerns the calls around a net.
 """
 
+import json
 import re
 from pathlib import Path
 
@@ -99,3 +100,16 @@ def test_page_runs() -> None:
         if "import continual" in block:
             pytest.importorskip("continual")
         exec(compile(block, str(PAGE), "exec"), space)
+
+
+def test_published_ratios_are_those_of_the_benchmark() -> None:
+    """What the pages say of multiply-adds is what `benchmarks/flops.py` found: no less than co's own."""
+    root = PAGE.parent.parent
+    found = {r["model"]: r for r in json.loads((root / "benchmarks" / "results" / "flops.json").read_text())}
+    rows = re.findall(r"\| ([\w-]+) \| \d+ \| ([\d.]+)x \| ([\d.]+)x \|", PAGE.read_text())
+    assert {name for name, *_ in rows} == {name for name, r in found.items() if r["published"]}
+    for name, ours, theirs in rows:
+        assert (found[name]["ratio"], found[name]["published"]) == (float(ours), float(theirs))
+        assert float(ours) >= float(theirs)
+    told = re.findall(r"(X3D-M|Slow-R50|A-GCN)[^,(]*? ([\d.]+)x", (root / "README.md").read_text())
+    assert len(told) == 3 and all(found[name]["ratio"] == float(ratio) for name, ratio in told)

@@ -7,7 +7,7 @@ convolution of 9 frames, then the mean over time and joints.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import nn
@@ -115,12 +115,17 @@ class SkeletonNet(nn.Module):
     """Ten blocks and a classifier. `stem` blocks at the start are graph convolutions."""
 
     def __init__(
-        self, joints: Callable[[int, int], nn.Module], classes: int = 60, width: int = 64, stem: int = 0
+        self,
+        joints: Callable[[int, int], nn.Module],
+        classes: int = 60,
+        width: int = 64,
+        stem: int = 0,
+        depth: Sequence[tuple[int, int]] = BLOCKS,
     ) -> None:
         super().__init__()
         self.norm = nn.BatchNorm1d(3 * 25)
         blocks, channels = [], 3
-        for i, (wide, stride) in enumerate(BLOCKS):
+        for i, (wide, stride) in enumerate(depth):
             out = wide * width // 64
             over = GraphConvolution if i < stem else joints
             blocks.append(Block(over(channels, out), channels, out, stride, residual=i > 0))
@@ -136,19 +141,19 @@ class SkeletonNet(nn.Module):
 class STGCN(SkeletonNet):
     """Spatial temporal graph convolutional network."""
 
-    def __init__(self, classes: int = 60, width: int = 64) -> None:
-        super().__init__(GraphConvolution, classes, width)
+    def __init__(self, classes: int = 60, width: int = 64, depth: Sequence[tuple[int, int]] = BLOCKS) -> None:
+        super().__init__(GraphConvolution, classes, width, depth=depth)
 
 
 class AGCN(SkeletonNet):
     """Adaptive graph convolutional network (one stream)."""
 
-    def __init__(self, classes: int = 60, width: int = 64) -> None:
-        super().__init__(AdaptiveGraphConvolution, classes, width)
+    def __init__(self, classes: int = 60, width: int = 64, depth: Sequence[tuple[int, int]] = BLOCKS) -> None:
+        super().__init__(AdaptiveGraphConvolution, classes, width, depth=depth)
 
 
 class STR(SkeletonNet):
     """Spatial transformer: three graph convolutions, then attention between joints."""
 
-    def __init__(self, classes: int = 60, width: int = 64) -> None:
-        super().__init__(SpatialAttention, classes, width, stem=3)
+    def __init__(self, classes: int = 60, width: int = 64, depth: Sequence[tuple[int, int]] = BLOCKS) -> None:
+        super().__init__(SpatialAttention, classes, width, stem=3, depth=depth)

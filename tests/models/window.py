@@ -154,6 +154,14 @@ SAMPLES = [
         lambda: nn.Sequential(nn.Conv1d(3, 2, 2), nn.AdaptiveMaxPool1d(3), nn.Flatten(), nn.Linear(6, 2)),
         **POOLED,
     ),
+    net(
+        "pools_of_pictures",
+        lambda m, x: torch.cat(
+            [F.relu(x).mean((2, 3, 4)), x.tanh().amax((4, 2)).flatten(1), F.silu(x).flatten(2).sum(2)], 1
+        ),
+        shape=(2, 3, 5, 2, 3),
+        fields=POOLED,
+    ),
     net("maximum", lambda m, x: m.conv(x).amax(2), conv=conv, fields=POOLED),
     net("maximum_of_raw", lambda m, x: x.max(dim=2).values, fields=POOLED),
     net("sum_and_norm", lambda m, x: torch.cat([x.sum(2), x.norm(dim=2), x.logsumexp(2)], 1), fields=POOLED),
