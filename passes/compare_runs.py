@@ -145,7 +145,7 @@ class Runs:
             if base is None:
                 return None
             moving: set[Place] = set()
-            steps = (self.traced, (self.traced + 1) // 2, *FOLLOWED)
+            steps = (FOLLOWED[0], self.traced, (self.traced + 1) // 2, *FOLLOWED[1:])
             for ahead in (CONGRUENT, *steps) if self.captured.symbolic_time else steps:
                 far, farther = self.at(self.traced + ahead), self.at(self.traced + 3 * ahead)
                 if far is None or farther is None or far.cut or farther.cut:
