@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from .passes.capture import quiet
 from .runtime.errors import InputError
 
 WRAPPERS = ("state_dict", "model_state_dict", "model")  # keys under which trainers keep the parameters
@@ -37,7 +38,8 @@ def load_model(name: str, kwargs: Mapping[str, Any] | None = None) -> nn.Module:
     """
     if name.endswith(".pt2"):
         try:
-            return torch.export.load(name).module()
+            with quiet():
+                return torch.export.load(name).module()
         except Exception as error:
             raise InputError(f"{name} cannot be read as an exported program: {_first(error)}") from error
     path, colon, attribute = name.partition(":")
@@ -50,7 +52,7 @@ def load_model(name: str, kwargs: Mapping[str, Any] | None = None) -> nn.Module:
         for part in attribute.split("."):
             found = getattr(found, part)
         made = found if isinstance(found, nn.Module) else found(**(kwargs or {}))
-    except (ImportError, AttributeError, TypeError) as error:
+    except Exception as error:
         raise InputError(f"{name} cannot be made: {type(error).__name__}: {_first(error)}") from error
     if not isinstance(made, nn.Module):
         raise InputError(f"{name} makes a {type(made).__name__}, not an nn.Module")
@@ -137,7 +139,7 @@ def parse_kwargs(text: str | None) -> dict[str, Any]:
     """Arguments of a factory, in JSON."""
     try:
         found = json.loads(text or "{}")
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:
         raise InputError(f"--kwargs is not JSON: {error}") from error
     if not isinstance(found, dict):
         raise InputError("--kwargs is a JSON object")

@@ -33,7 +33,7 @@ from .runtime.errors import CofxError, InputError
 from .step_module import StepModule, compile
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
-out, err = Console(soft_wrap=True), Console(stderr=True, soft_wrap=True)
+out, err = Console(soft_wrap=True, emoji=False), Console(stderr=True, soft_wrap=True, emoji=False)
 
 Model = Annotated[str, typer.Argument(help="package.module:factory, or a .pt2 file")]
 Input = Annotated[
@@ -86,7 +86,10 @@ def _source(
             for name in names:
                 err.print(f"note: {word} in the checkpoint: {name}", style="yellow", markup=False)
     generator = torch.Generator().manual_seed(0)
-    example = tuple(torch.randn(_shape(text), generator=generator) for text in inputs)
+    try:
+        example = tuple(torch.randn(_shape(text), generator=generator) for text in inputs)
+    except RuntimeError as error:
+        raise InputError(f"no clip of shape {', '.join(inputs)} can be made: {str(error).splitlines()[0]}") from error
     dims: list[int | None] = []
     for word in time_dim.split(","):
         try:
@@ -204,7 +207,7 @@ def verify(
     strict: Strict = True, trust_pickle: Trust = False, equivalence: Equivalence = None, as_json: AsJson = False,
     onnx: Annotated[Path | None, typer.Option(help="compare this file too, made by convert or to_onnx")] = None,
     data: Annotated[list[Path] | None, typer.Option(help="an .npy clip for each input instead of noise")] = None,
-    length: Annotated[int | None, typer.Option(help="frames of noise; default three clips and some")] = None,
+    length: Annotated[int | None, typer.Option(min=1, help="frames of noise; default three clips and some")] = None,
 ) -> None:  # fmt: skip
     """Stream a clip and compare every output with the offline model. Exit code 1 if they differ."""
     with _errors(as_json):
@@ -272,8 +275,8 @@ def _compare_onnx(step: StepModule, path: Path, clips: list[torch.Tensor]) -> di
 def bench(
     model: Model, input: Input, time_dim: TimeDim = "2", kwargs: Kwargs = None, checkpoint: Checkpoint = None,
     strict: Strict = True, trust_pickle: Trust = False, equivalence: Equivalence = None, as_json: AsJson = False,
-    steps: Annotated[int, typer.Option(help="steps that are timed")] = 50,
-    threads: Annotated[int, typer.Option(help="threads of torch")] = 1,
+    steps: Annotated[int, typer.Option(min=1, help="steps that are timed")] = 50,
+    threads: Annotated[int, typer.Option(min=1, help="threads of torch")] = 1,
 ) -> None:  # fmt: skip
     """Time a step against the offline model on a sliding window of a clip: the median of each."""
     with _errors(as_json):

@@ -32,6 +32,9 @@ MODELS = """
         def forward(self, x):
             return self.first(x).mean(2)
 
+    def fails():
+        raise RuntimeError("in the factory")
+
     class Branches(nn.Module):
         def forward(self, x):
             return x if x.sum().item() > 0 else -x
@@ -112,12 +115,26 @@ def test_verify_and_its_exit_codes(folder: Path) -> None:
         ["cli_models:Net", *SHAPE, "--time-dim", "second"],
         ["cli_models:Net", *SHAPE, "--checkpoint", "nowhere.pt"],
         ["cli_models:Net"],
+        ["cli_models:fails", *SHAPE],
+        ["..:x", *SHAPE],
+        ["a:b:c", *SHAPE],
+        ["os:getcwd", *SHAPE],
+        ["/etc/passwd:x", *SHAPE],
+        ["\0:x", *SHAPE],
+        ["../../none.pt2", *SHAPE],
+        ["cli_models:Net", *SHAPE, "--kwargs", "[" * 9999],
+        ["cli_models:Net", *SHAPE, "--length", "-3"],
+        ["cli_models:Net", "--input", "99999999999x3x999999"],
         ["nothing.pt2", *SHAPE],
     ],
     ids=str,
 )
-def test_wrong_arguments(arguments: list[str]) -> None:
-    assert cofx("verify", *arguments, code=2).stdout == ""
+def test_wrong_arguments(folder: Path, arguments: list[str]) -> None:
+    """Said in a line or two; nothing is written."""
+    before = sorted(folder.rglob("*.py"))
+    told = cofx("verify", *arguments, code=2)
+    assert told.stdout == "" and told.stderr and "Traceback" not in told.stderr
+    assert sorted(f for f in folder.rglob("*") if f.is_file() and "__pycache__" not in f.parts) == before
 
 
 def test_bench() -> None:

@@ -250,3 +250,44 @@ def test_a_stream_past_a_table_fails_alone() -> None:
     assert long.error is not None and len(pool) == 1
     with pytest.raises(cofx.InputError, match="40 entries"):
         long.feed(torch.zeros(3, 1))
+
+
+class Growing(nn.Module):
+    """(batch, 3, T): attention over all frames so far, which are kept, and a convolution."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.heads = nn.Conv1d(3, 4, 3, padding=1), nn.Conv1d(4, 12, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        q, k, v = self.heads(self.conv(x)).mT.chunk(3, -1)
+        return nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True).mT
+
+
+@pytest.mark.parametrize("runtime", ["torch", "onnx"])
+def test_histories_that_grow(runtime: str, tmp_path) -> None:
+    """Streams of many lengths, each at its own place: the room grows while others go on, and after they have left."""
+    torch.manual_seed(0)
+    step = cofx.compile(Growing().eval(), torch.randn(2, 3, 12))
+    step.to_onnx(tmp_path / "step.onnx", longest=80)
+    onnx = runtime == "onnx"
+    pool = LanePool(OnnxStep(tmp_path / "step.onnx") if onnx else step, 3)
+    rng, live, done = random.Random(0), {}, 0
+    while done < 12:
+        while len(live) < 3 and rng.random() < 0.8:
+            x = torch.randn(3, rng.choice((1, 5, 17, 40, 75)))
+            live[pool.open()] = (x, [], [0])
+        for stream, (x, _, at) in live.items():
+            if not stream.closed and rng.random() < 0.8:
+                chunk = x[:, at[0] : at[0] + rng.randint(1, 20)]
+                stream.feed(chunk.numpy() if onnx else chunk)
+                at[0] += chunk.shape[1]
+                if at[0] == x.shape[1]:
+                    stream.close()
+        for _ in range(rng.randint(1, 20)):
+            for stream, y in pool.run():
+                live[stream][1].append(torch.as_tensor(y))
+        for stream in [s for s in live if s.closed and not s.open]:
+            x, parts, _ = live.pop(stream)
+            torch.testing.assert_close(torch.cat(parts, 1), step.model(x[None])[0], rtol=1e-4, atol=1e-5)
+            done += 1

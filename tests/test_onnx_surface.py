@@ -254,7 +254,7 @@ def test_an_op_without_onnx_form_is_named(tmp_path) -> None:
             return torch.special.gammaincc(x.abs(), x.abs() + 1)
 
     step = cofx.compile(Gamma(), X)
-    with pytest.raises(cofx.CompileError, match="igammac"):
+    with pytest.raises(cofx.CompileError, match="(?s)igammac.*at .*test_onnx_surface.py.*gammaincc"):
         step.to_onnx(tmp_path / "step.onnx")
     assert os.listdir(tmp_path) == []
 
@@ -316,7 +316,8 @@ def test_int8_weights(tmp_path, capsys) -> None:
     step.to_onnx(tmp_path / "full.onnx", dynamic_batch=False)
     step.to_onnx(tmp_path / "small.onnx", quantize="int8")
     assert sorted(os.listdir(tmp_path)) == ["full.onnx", "small.onnx"]
-    assert os.path.getsize(tmp_path / "small.onnx") < 0.5 * os.path.getsize(tmp_path / "full.onnx")
+    full, small = (os.path.getsize(tmp_path / f"{name}.onnx") for name in ("full", "small"))
+    assert full - small > 0.7 * 4 * sum(p.numel() for p in model.parameters())  # 8 of 32 bits save 0.75
     mine = OnnxStep(tmp_path / "small.onnx")
     told = mine.meta["quantized"]
     assert 0 < told["difference"] < 0.05 * told["largest"]
@@ -328,3 +329,26 @@ def test_int8_weights(tmp_path, capsys) -> None:
         OnnxStep(tmp_path / "small.onnx").forward_steps(X.numpy())
     with pytest.raises(cofx.InputError, match="quantize is one of"):
         step.to_onnx(tmp_path / "other.onnx", quantize="int4")
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda x: torch.hypot(x, 2 * x - 1),
+        lambda x: x.median(1).values,
+        lambda x: x.kthvalue(3, 1, keepdim=True).values,
+        lambda x: torch.logcumsumexp(x, 2),
+    ],
+    ids=["hypot", "median", "kthvalue", "logcumsumexp"],
+)
+def test_ops_written_in_others(function, tmp_path) -> None:
+    class Op(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return function(x)
+
+    step = cofx.compile(Op(), X, equivalence="stream", time_dim=2)
+    step.to_onnx(tmp_path / "step.onnx")
+    mine = OnnxStep(tmp_path / "step.onnx")
+    frames = [mine.forward_step(X[:, :, t].numpy()) for t in range(20)]
+    wanted = torch.stack([step.forward_step(X[:, :, t]) for t in range(20)])
+    np.testing.assert_allclose(np.stack(frames), wanted.numpy(), rtol=1e-5, atol=1e-6)

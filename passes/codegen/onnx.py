@@ -22,7 +22,7 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
-from ..errors import CompileError
+from ..errors import CompileError, user_frame
 from ..schedule_delays import Schedule
 from .lanes import LaneProgram, flush_calls, generate_lanes, lane_schedule, model_axes
 from .onnx_decompositions import decompositions
@@ -170,7 +170,7 @@ def _convert(
                 verbose=False,
             )
         except torch.onnx.errors.OnnxExporterError as error:
-            raise OnnxError(_blame(program, error)) from error
+            raise OnnxError(_blame(plan, error)) from error
     assert converted is not None
     model = converted.model_proto
     _rename(model.graph, _final_names(model.graph))
@@ -224,15 +224,21 @@ def _example(shape: Sequence[int], batch: int | None, dtype: torch.dtype, lanes:
     return torch.zeros(sizes, dtype=dtype, device=device)
 
 
-def _blame(program: LaneProgram, error: BaseException) -> str:
-    """The ops that have no ONNX form, from what the exporter says."""
+def _blame(plan: Plan, error: BaseException) -> str:
+    """The ops that have no ONNX form, from what the exporter says, and the user's lines that call them."""
     chain, said = error, []
     while chain is not None:
         said.append(str(chain))
         chain = chain.__cause__ or chain.__context__  # type: ignore[assignment]
     ops = sorted(set(re.findall(r"(?:aten|prims)[.:]+\w+(?:\.\w+)?", " ".join(said))))
     text = ", ".join(ops) if ops else said[-1].strip().splitlines()[0]
-    return f"the step program has no ONNX form: {text}"
+    named = {re.split(r"[.:]+", op)[1].replace("_", "") for op in ops}  # a prim is called as its op is, or nearly so
+    lines = {
+        user_frame(n): None
+        for n in plan.graph.nodes
+        if n.op == "call_function" and any(part.replace("_", "") in named for part in str(n.target).split(".")[1:2])
+    }
+    return "\n    at      ".join([f"the step program has no ONNX form: {text}", *filter(None, lines)])
 
 
 def _describe(

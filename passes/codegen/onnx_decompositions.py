@@ -172,13 +172,34 @@ def _where(condition: torch.Tensor, a: Any, b: Any) -> Any:
     return (condition & a) | (condition.logical_not() & b)
 
 
+def _hypot(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    """Scaled, so that no square overflows."""
+    large, small = torch.maximum(x.abs(), y.abs()), torch.minimum(x.abs(), y.abs())
+    ratio = torch.where(large > 0, small / torch.where(large > 0, large, 1), 0)
+    return large * (1 + ratio * ratio).sqrt()
+
+
+def _kthvalue(x: torch.Tensor, k: int, dim: int = -1, keepdim: bool = False) -> Any:
+    """The k-th smallest, by sorting."""
+    values, indices = (y.narrow(dim, k - 1, 1) for y in torch.sort(x, dim))
+    return (values, indices) if keepdim else (values.squeeze(dim), indices.squeeze(dim))
+
+
+def _median(x: torch.Tensor, dim: int, keepdim: bool = False) -> Any:
+    """The lower of the two in the middle."""
+    return _kthvalue(x, (int(x.shape[dim]) + 1) // 2, dim, keepdim)
+
+
 _WHERE = {aten.where.self, aten.where.ScalarOther, aten.where.ScalarSelf, aten.where.Scalar}
 
 TABLE: dict[Any, Callable[..., Any]] = {
     aten.cumprod.default: _running(torch.mul, False),
     aten.cummax.default: _running(torch.maximum, True),
     aten.cummin.default: _running(torch.minimum, True),
+    aten.hypot.default: _hypot,
+    aten.kthvalue.default: _kthvalue,
     aten.lstm.input: _lstm,
+    aten.median.dim: _median,
     aten.rrelu.default: _rrelu,
     aten.scaled_dot_product_attention.default: _attention,
 }
