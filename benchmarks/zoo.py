@@ -14,6 +14,9 @@ Each model runs in a process of its own with a time limit. The columns:
     saved        multiply-adds per clip over multiply-adds per step
     delay, state in input frames and bytes;  compile, in seconds
     why          what refused it, or what ended its stream
+
+A row of the results with ``earlier`` is of an earlier build; ``hung`` is said of what took longer than the limit, which
+on a busy machine is the machine's doing as often as the model's.
 """
 
 from __future__ import annotations

@@ -97,7 +97,7 @@ def _build(facts: Facts, part: Part, newest: bool) -> dict[fx.Node, Value]:
         equivalence, every, (first, reads) = "prefix", 1, prefix
     else:
         equivalence, first = "clip" if clean else "first-clip", ticks
-        every = math.lcm(1, *(b.value.rate.denominator for b in borders))
+        every = _period(borders)
         steps = [int(b.value.rate * every) for b in borders]
         reads = [read(b.value, Taps(s, 1, b.first, b.first + b.count - 1)) for b, s in zip(borders, steps, strict=True)]
 
@@ -134,6 +134,22 @@ def _build(facts: Facts, part: Part, newest: bool) -> dict[fx.Node, Value]:
     return dict(zip(part.leaves, op.outputs, strict=True))
 
 
+def _period(borders: list[Border]) -> int:
+    """Ticks after which the frames of all borders are made alike: of what was slower before, each frame has a place."""
+    seen: set[Value] = set()
+    queue = [b.value for b in borders]
+    while queue:
+        value = queue.pop()
+        if value not in seen:
+            seen.add(value)
+            producer = value.producer
+            if isinstance(producer, View):
+                queue.append(producer.source)
+            elif producer is not None:
+                queue += [r.source for r in producer.reads]
+    return math.lcm(1, *(v.rate.denominator for v in seen))
+
+
 def _border(facts: Facts, node: fx.Node, inside: set[fx.Node]) -> Border:
     fact = facts.of[node]
     if isinstance(fact, Tail):
@@ -147,7 +163,7 @@ def _prefix(streams: StreamGraph, borders: list[Border]) -> tuple[int, list[Read
     if any(b.back is None for b in borders):
         return None
     counter = Counter(streams)
-    period = math.lcm(*(b.value.rate.denominator for b in borders))
+    period = _period(borders)
     first = next(
         (n for n in range(1, 4096) if all(counter.at(n).length[b.value] >= (b.back or 0) for b in borders)), None
     )

@@ -381,3 +381,11 @@ def test_a_module_that_writes_to_its_parameters_in_forward_is_told_so() -> None:
 
     with pytest.raises(cofx.CaptureError, match="changes its parameters"):
         cofx.compile(Of(forward, conv=nn.Conv1d(3, 3, 3)), X)
+
+
+def test_a_clip_begins_where_slower_frames_begin_also_those_that_were_sped_up_again() -> None:
+    """Means of two frames, each given twice: a clip that begins between the two has others (Swin's windows)."""
+    model = Of(lambda m, x: F.avg_pool1d(x, 2).repeat_interleave(2, 2).flip(2) * 2)
+    step = cofx.compile(model, X[:, :, :8])
+    assert (step.equivalence, step.stride) == ("clip", 2)
+    assert step.verify(X[:, :, :14]).exact
