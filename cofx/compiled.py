@@ -17,7 +17,7 @@ from .passes.errors import CompileError, user_frame
 from .passes.pipeline import Leaf, Plan, tensors
 from .runtime.errors import InputError
 from .runtime.program import OutputSpan, Program, StateSpec
-from .runtime.state import StreamState, allocate, grow
+from .runtime.state import StreamState, allocate, grow, take_apart
 
 EVALUATIONS = 8  # of a clip or a loop's body in one program
 KEPT_PROGRAMS = 512
@@ -32,6 +32,7 @@ class Compiled:
         self.open_batch = plan.capture.symbolic_batch or all(b is None for b in plan.clock.batch_dims)
         self.specs = state_specs(plan.schedule)
         self.grows = bool(plan.schedule.growing)
+        self._apart = any(spec.apart is not None for spec in self.specs)
         self.spec = InputSpec.of(plan)
         self.programs: dict[Key, Program] = {}
         self.tables = [op for op in plan.schedule.graph.ops if op.limit is not None]
@@ -39,6 +40,7 @@ class Compiled:
         self.unrolled = any(op.unrolled for op in plan.schedule.graph.ops)
         self._seen = self._fingerprint()
         self._stale = False
+        self._sources: tuple[list[torch.Tensor], list[int]] = [], []  # of folded constants, with their versions then
         before = plan.schedule.counts(0)
         self.early = any(before[v] > 0 for op in plan.schedule.graph.ops for v in op.outputs)
         self._parameters = list(model.parameters())
@@ -46,7 +48,7 @@ class Compiled:
         # ticks after which a step depends on the stream's phase alone, and every frame of its outputs exists
         settled = max(1, plan.schedule.settled, plan.schedule.sequential_from, *map(self._first, plan.outputs))
         self.steady_from = FOREVER if bounded else settled
-        self._steady: dict[int, Callable[..., Any] | None] = {}
+        self._steady: dict[tuple[int, bool], Callable[..., Any] | None] = {}
         self._accepted: tuple[int | None, tuple[torch.Size, ...]] | None = None
         self._period = plan.schedule.period
         self._single = plan.out_spec.is_leaf()
@@ -82,6 +84,7 @@ class Compiled:
                         "    try     compile the model again"
                     )
             self.plan.constants.renew(now)
+            self._sources = [], []
             self.programs.clear()
             self._steady.clear()
             self._parameters = list(self.model.parameters())
@@ -96,7 +99,10 @@ class Compiled:
         if torch.compiler.is_dynamo_compiling():
             return
         folded = self.plan.constants.folded
-        if not self._stale and any(t._version != version for t, version in folded.values()):
+        if len(folded) != len(self._sources[0]):
+            self._sources = [t for t, _ in folded.values()], [version for _, version in folded.values()]
+        sources, versions = self._sources
+        if not self._stale and [t._version for t in sources] != versions:
             self._stale = True
             warnings.warn(
                 "parameters have changed from which constants were computed: this stream goes on with the old ones "
@@ -138,9 +144,9 @@ class Compiled:
 
         The short way is there in mid-stream, for frames of shapes that were accepted before.
         """
-        count, kept, batch = state.count, state.tensors, state.batch
+        count, batch = state.count, state.batch
         accepted, spec = self._accepted, self.spec
-        if count < self.steady_from or kept is None or accepted is None or accepted[0] != batch:
+        if count < self.steady_from or accepted is None or accepted[0] != batch or _watched():
             return None
         if len(frames) != len(accepted[1]):
             return None
@@ -150,14 +156,20 @@ class Compiled:
         if not self._folded():
             return None
         self._notice()
-        phase = count % self._period
-        if phase not in self._steady:
-            if torch.compiler.is_dynamo_compiling():
+        traced = torch.compiler.is_dynamo_compiling()  # its own kernels fit with histories that are whole
+        apart = self._apart and not traced
+        place = count % self._period, apart
+        if place not in self._steady:
+            if traced:
                 return None
-            self.steady_program(phase)
-        run = self._steady[phase]
+            self.steady_program(*place)
+        run = self._steady[place]
         if run is None:
             return None
+        kept = state.apart if apart else state.tensors
+        if kept is None:
+            assert state.tensors is not None
+            kept = take_apart(state.tensors, self.specs)
         outputs, after = run(*frames, *kept)
         if self._single:
             out = outputs[0]
@@ -165,13 +177,16 @@ class Compiled:
             out = outputs
         else:
             out = self.pack(list(outputs), stacked=False)
+        if apart:
+            return out, StreamState(count + 1, None, batch, after, self.specs)
         return out, StreamState(count + 1, after, batch)
 
-    def steady_program(self, phase: int) -> None:
-        """Make the program of a step in mid-stream."""
-        if phase not in self._steady:
-            program = self.program(Key(phase, 1, frames=True))
-            self._steady[phase] = None if program.wants else program.run
+    def steady_program(self, phase: int, apart: bool) -> None:
+        """Make the program of a step in mid-stream, to which large frames come one by one or not."""
+        if (phase, apart) not in self._steady:
+            program = self.program(Key(phase, 1, frames=True, apart=apart))
+            fits = not program.wants and program.apart == apart
+            self._steady[phase, apart] = program.run if fits else None
 
     def advance(
         self, state: StreamState, inputs: Sequence[torch.Tensor], ticks: int, length: int | None, frames: bool
@@ -341,3 +356,12 @@ class Compiled:
         if timed and all(t is None for t in timed):
             return None
         return pytree.tree_unflatten(out, self.plan.out_spec)
+
+
+def _watched() -> bool:
+    """Whether somebody looks on at the operations (a counter), or changes them (autocast)."""
+    return not torch.compiler.is_dynamo_compiling() and (
+        torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._len_torch_function_stack() > 0
+        or torch.is_autocast_enabled("cpu")
+    )

@@ -6,6 +6,7 @@ they are at each sample point (``meta["samples"]``, ``meta["sizes"]``). Rules th
 
 from __future__ import annotations
 
+import operator
 from typing import Any
 
 import torch
@@ -43,11 +44,19 @@ def canonicalize(capture: Capture) -> fx.Graph:
         if node.target is aten.slice_scatter.default and _alike(node.args[1], value):
             env[node] = env[node.args[1]]  # all of it is overwritten
             continue
+        if _decomposed_norm(node):
+            continue
         written = node.args[0] if _writes(node) else None
         target = functional(node.target)
         target = _RESHAPES.get(target, target)
-        args = map_arg(node.args, lambda n: env[n])
-        kwargs = map_arg(node.kwargs, lambda n: env[n])
+        taken = node
+        if node.target is operator.getitem and _decomposed_norm(node.args[0]):
+            taken, target = node.args[0], aten.batch_norm.default
+        args = map_arg(taken.args, lambda n: env[n])
+        kwargs = map_arg(taken.kwargs, lambda n: env[n])
+        if taken is not node:
+            *tensors, momentum, eps = args
+            args = (*tensors, False, momentum, eps, True)
         if target is aten.convolution.default:
             target, args, kwargs = _as_layer(args, kwargs)
         if target in _FILLS:
@@ -98,6 +107,15 @@ def _alike(node: Any, value: torch.Tensor) -> bool:
     """Whether a tensor has the shape and dtype of another."""
     given = node.meta.get("val") if isinstance(node, fx.Node) else None
     return isinstance(given, torch.Tensor) and given.dtype == value.dtype and str(given.shape) == str(value.shape)
+
+
+def _decomposed_norm(node: Any) -> bool:
+    """Whether a node is what torch's decompositions make of a batch norm of which nothing else is used."""
+    return (
+        isinstance(node, fx.Node)
+        and node.target is aten._native_batch_norm_legit_no_training.default
+        and all(u.target is operator.getitem and u.args[1] == 0 for u in node.users)
+    )
 
 
 def _as_layer(args: Any, kwargs: Any) -> tuple[Any, Any, Any]:

@@ -19,6 +19,7 @@ class StateSpec:
         dtype: its dtype.
         holds: what it is, in words.
         grows: the dimension in which it grows with the stream, if it does.
+        apart: the dimension along which it is kept frame by frame in mid-stream, if it is.
     """
 
     name: str
@@ -26,6 +27,7 @@ class StateSpec:
     dtype: torch.dtype
     holds: str
     grows: int | None = None
+    apart: int | None = None
 
     def shape(self, batch: int) -> tuple[int, ...]:
         """The shape for a batch size."""
@@ -49,9 +51,11 @@ class Program:
         run: the same as a plain function, which is what runs.
         outputs: for each output leaf the frames that are returned.
         wants: which of "count" and "length" it takes.
+        apart: it takes and returns the histories of large frames frame by frame (`StateSpec.apart`).
     """
 
     module: Any
     run: Callable[..., Any]
     outputs: list[OutputSpan]
     wants: tuple[str, ...]
+    apart: bool = False

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 
@@ -13,19 +12,58 @@ from .program import StateSpec
 COUNT, BATCH = "count", "batch"
 
 
-@dataclass(frozen=True, slots=True)
 class StreamState:
-    """Where a stream is.
+    """Where a stream is. Not to be changed.
 
     Attributes:
         count: ticks consumed.
-        tensors: what is kept; None before the first frame.
         batch: its batch size; None before the first frame, or where there is no batch axis.
+        apart: what is kept, histories frame by frame as far as they are kept so; None if it is not in this form.
     """
 
-    count: int = 0
-    tensors: tuple[torch.Tensor, ...] | None = None
-    batch: int | None = None
+    __slots__ = ("_specs", "_tensors", "apart", "batch", "count")
+
+    def __init__(
+        self,
+        count: int = 0,
+        tensors: tuple[torch.Tensor, ...] | None = None,
+        batch: int | None = None,
+        apart: tuple[torch.Tensor, ...] | None = None,
+        specs: Sequence[StateSpec] = (),
+    ) -> None:
+        """`specs`: of what is kept, if it is given apart."""
+        self.count, self.batch, self.apart = count, batch, apart
+        self._tensors, self._specs = tensors, specs
+
+    @property
+    def tensors(self) -> tuple[torch.Tensor, ...] | None:
+        """What is kept, one tensor for each history; None before the first frame."""
+        if self._tensors is None and self.apart is not None:
+            self._tensors = tuple(join(self.apart, self._specs))
+        return self._tensors
+
+
+def take_apart(tensors: Sequence[torch.Tensor], specs: Sequence[StateSpec]) -> tuple[torch.Tensor, ...]:
+    """State tensors with histories frame by frame, as far as they are kept so in mid-stream."""
+    parts: list[torch.Tensor] = []
+    for tensor, spec in zip(tensors, specs, strict=True):
+        parts += [tensor] if spec.apart is None else map(_picture, tensor.unbind(spec.apart))
+    return tuple(parts)
+
+
+def _picture(frame: torch.Tensor) -> torch.Tensor:
+    """A frame as it lies in memory in mid-stream: channels last if it is a picture."""
+    return frame.contiguous(memory_format=torch.channels_last) if frame.dim() == 4 else frame.contiguous()
+
+
+def join(parts: Sequence[torch.Tensor], specs: Sequence[StateSpec]) -> Iterator[torch.Tensor]:
+    """The inverse of `take_apart`."""
+    left = iter(parts)
+    for spec in specs:
+        if spec.apart is None:
+            yield next(left)
+        else:
+            yield torch.stack([next(left) for _ in range(spec.dims[spec.apart][1])], spec.apart)
 
 
 def allocate(specs: Sequence[StateSpec], batch: int, device: torch.device) -> tuple[torch.Tensor, ...]:

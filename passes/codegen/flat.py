@@ -105,10 +105,12 @@ def _text(value: Any, names: dict[fx.Node, str], scope: dict[str, Any]) -> str:
 def builtin(node: fx.Node) -> Any:
     """torch's Python function that does what a node's overload does on such arguments; None if there is none."""
     target = node.target
-    if not isinstance(target, torch._ops.OpOverload) or target.namespace != "aten" or target._schema.is_mutable:
+    if not isinstance(target, torch._ops.OpOverload) or target.namespace != "aten":
         return None
     schema = target._schema
     packet = schema.name.removeprefix("aten::")
+    if schema.is_mutable and not packet.endswith("_"):
+        return None
     function = getattr(torch._C._VariableFunctions, packet, None) or getattr(torch._C._nn, packet, None)
     if function is None:
         return None

@@ -14,6 +14,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from math import prod
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -27,7 +28,9 @@ from ..loops import Loop
 from ..schedule import Taps
 from ..schedule_delays import Schedule
 from ..stream_graph import Carry, Constant, Mirror, Op, Read, Value, Window
+from .aliases import base
 from .flat import flatten
+from .frames import LARGE, MOST
 from .lower import Lowering
 
 if TYPE_CHECKING:
@@ -51,6 +54,7 @@ class Key:
         folded: what depends on parameters alone is a constant.
         capacity: ticks for which there is room in the state of values that are kept from their beginning on.
         endless: the stream does not end, so that windows reach outside at its start alone.
+        apart: histories of large frames come and go frame by frame, see frames.py.
     """
 
     phase: int
@@ -62,6 +66,7 @@ class Key:
     folded: bool = True
     capacity: int = 0
     endless: bool = False
+    apart: bool = False
 
 
 def state_specs(schedule: Schedule, capacity: int = 0) -> list[StateSpec]:
@@ -79,6 +84,7 @@ def state_specs(schedule: Schedule, capacity: int = 0) -> list[StateSpec]:
                 value.dtype,
                 f"the last {frames} frames of {value.name}",
                 grows=time if value in schedule.growing else None,
+                apart=time if 1 <= frames <= MOST and _large(value) else None,
             )
         )
     for op in schedule.graph.ops:
@@ -86,6 +92,13 @@ def state_specs(schedule: Schedule, capacity: int = 0) -> list[StateSpec]:
             dims = [_affine(d) for d in carry.layout]
             specs.append(StateSpec(carry_name(op, carry), tuple(dims), carry.dtype, f"{carry.name} of {op.name}"))
     return specs
+
+
+def _large(value: Value) -> bool:
+    """Whether a frame of a value is a picture that takes longer to move than a call takes."""
+    layout = value.layout.split()
+    numbers = prod(f for d in layout for f in d if isinstance(f, int))
+    return len(layout) == 5 and numbers * value.dtype.itemsize >= LARGE
 
 
 def carry_name(op: Op, carry: Carry) -> str:
@@ -334,14 +347,8 @@ class Builder:
 
     def owned(self, node: fx.Node | None) -> fx.Node | None:
         """A tensor that shares no memory with the inputs or the state: outputs are the caller's."""
-        base = node
-        while isinstance(base, fx.Node) and isinstance(base.target, torch._ops.OpOverload):
-            shared = [a for a, s in zip(base.args, base.target._schema.arguments, strict=False)
-                      if s.alias_info is not None and isinstance(a, fx.Node)]  # fmt: skip
-            if not shared:
-                break
-            base = shared[0]
-        kept = base is not None and (base.op == "placeholder" or base.name.startswith("delay_"))
+        source = None if node is None else base(node)
+        kept = source is not None and (source.op == "placeholder" or source.name.startswith("delay_"))
         return self.aten("clone.default", node) if kept and node is not None else node
 
     # -- constants and static values ---------------------------------------------------------------------------------
@@ -750,9 +757,13 @@ def generate(plan: Plan, key: Key, device: torch.device, validity: bool = False)
             b.graph.erase_node(node)
     b.graph.lint()
     module = fx.GraphModule(_root(b.root), b.graph, class_name="StepProgram")
-    runs = Lowering(module, plan.constants, _arguments(b, plan, specs), device) if key.folded else None
-    run = flatten(runs.graph, runs.tensors) if runs else flatten(b.graph, b.root)
-    return Program(module, run, spans, tuple(w for w in ("count", "length") if b.states[w].users))
+    graph, tensors, done = b.graph, b.root, False
+    if key.folded:
+        apart = {b.states[s.name].name: s.apart for s in specs if s.apart is not None} if key.apart else None
+        lowered = Lowering(module, plan.constants, _arguments(b, plan, specs), device, apart)
+        graph, tensors, done = lowered.graph, lowered.tensors, bool(lowered.size_of)
+    wants = tuple(w for w in ("count", "length") if b.states[w].users)
+    return Program(module, flatten(graph, tensors), spans, wants, key.apart and done)
 
 
 def _arguments(b: Builder, plan: Plan, specs: list[StateSpec]) -> list[tuple[tuple[int, ...], torch.dtype]]:

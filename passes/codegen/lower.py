@@ -7,16 +7,19 @@ depends on parameters alone may be a constant (`Key.folded`).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from math import prod
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import fx
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.node import map_arg
 from torch.utils._python_dispatch import _disable_current_modes
 
 from ..canonicalize import bind, unbind
+from .frames import Apart
+from .kernels import choose_kernels
 
 if TYPE_CHECKING:
     from .graph_module import Constants
@@ -24,6 +27,7 @@ if TYPE_CHECKING:
 aten = torch.ops.aten
 
 CONVOLUTIONS: dict[Any, int] = {aten.conv1d.default: 1, aten.conv2d.default: 2, aten.conv3d.default: 3}
+SMALL = 1 << 11  # numbers of a depthwise convolution's matrix for each channel, up to which a product is faster
 FULL = (torch.float32, torch.float64)  # in the half types a product of weights would be rounded once more
 Shapes = Sequence[tuple[tuple[int, ...], torch.dtype]]
 
@@ -36,29 +40,73 @@ class Lowering:
         tensors: what its get_attr nodes name.
     """
 
-    def __init__(self, module: fx.GraphModule, constants: Constants, arguments: Shapes, device: torch.device) -> None:
+    def __init__(
+        self,
+        module: fx.GraphModule,
+        constants: Constants,
+        arguments: Shapes,
+        device: torch.device,
+        apart: Mapping[str, int] | None = None,
+    ) -> None:
+        """
+        Args:
+            module: the program.
+            constants: what depends on parameters alone.
+            arguments: the shapes and dtypes of the program's arguments.
+            device: where it runs.
+            apart: the states that come and go frame by frame, with their dimension of frames.
+        """
         self.constants, self.made = constants, constants.made
-        self.sizes = _sizes(module, arguments, device)
         self.tensors = {n.target: getattr(module, n.target) for n in module.graph.nodes if n.op == "get_attr"}
         self.graph = fx.Graph()
-        copies: dict[fx.Node, fx.Node] = {}
-        result = self.graph.graph_copy(module.graph, copies)
-        self.graph.output(result)
-        self.size_of = {copies[n]: s for n, s in self.sizes.items() if n in copies}
+        self.graph.output(self.graph.graph_copy(module.graph, {}))
+        self.size_of = _sizes(self.graph, self.tensors, arguments, device)
         for node in list(self.graph.nodes):
             if node.target is aten.batch_norm.default:
                 self.fold_norm(node)
+        self.inputs: set[str] = set()  # the names of the arguments that are the caller's
+        if apart and self.size_of:
+            arguments = self.take_apart(apart, arguments)
+            self.size_of = _sizes(self.graph, self.tensors, arguments, device)
         for node in list(self.graph.nodes):
             if node.target in CONVOLUTIONS:
                 self.convolution(node)
+        if apart and device.type == "cpu":
+            choose_kernels(self, self.inputs)
         self.graph.eliminate_dead_code()
+
+    def take_apart(self, apart: Mapping[str, int], arguments: Shapes) -> Shapes:
+        """Frames of these states one by one; the arguments as they are then."""
+        given = [n for n in self.graph.nodes if n.op == "placeholder"]
+        states = {n: apart[n.name] for n in given if n.name in apart}
+        before = list(self.graph.output_node().args[0][1])  # type: ignore[index,arg-type]
+        kept = [states.get(n) for n in given[len(given) - len(before) :]]
+        self.inputs = {n.name for n in given[: len(given) - len(before)]}
+
+        def derive(node: fx.Node, how: str, make: Callable[[torch.Tensor], torch.Tensor]) -> str | None:
+            tensor = self.held(node)
+            return None if tensor is None else self.derived_name(how, [tensor], lambda: make(tensor))
+
+        self.graph = Apart(self.graph, self.size_of, states, kept, derive).graph
+        after: list[tuple[tuple[int, ...], torch.dtype]] = []
+        for node, (size, dtype) in zip(given, arguments, strict=True):
+            axis = states.get(node)
+            single = size if axis is None else (*size[:axis], *size[axis + 1 :])
+            after += [(single, dtype)] * (1 if axis is None else size[axis])
+        return after
 
     def held(self, node: Any) -> torch.Tensor | None:
         """The tensor that a get_attr node names."""
         return self.tensors[node.target] if isinstance(node, fx.Node) and node.op == "get_attr" else None
 
     def derived(self, how: str, sources: Sequence[torch.Tensor | None], make: Callable[[], torch.Tensor]) -> fx.Node:
-        """A tensor computed from held ones, once for all programs."""
+        """A node that gives a tensor computed from held ones, once for all programs."""
+        node = self.graph.create_node("get_attr", self.derived_name(how, sources, make))
+        self.size_of[node] = tuple(self.tensors[node.target].shape)
+        return node
+
+    def derived_name(self, how: str, sources: Sequence[torch.Tensor | None], make: Callable[[], torch.Tensor]) -> str:
+        """The name of a tensor computed from held ones."""
         key = (how, *map(id, sources))
         if key not in self.made:
             with _disable_current_modes(), torch.no_grad():
@@ -66,7 +114,7 @@ class Lowering:
             self.constants.note(sources)
         name = f"derived_{len(self.tensors)}"
         self.tensors[name] = self.made[key][0]
-        return self.graph.create_node("get_attr", name)
+        return name
 
     def fold_norm(self, norm: fx.Node) -> None:
         """``batch_norm(conv(x, w, b)) = conv(x, w*s, (b - mean)*s + shift)`` with ``s = scale / sqrt(var + eps)``."""
@@ -120,11 +168,14 @@ class Lowering:
             return
         stride, padding, dilation = (_each(given[name], n) for name in ("stride", "padding", "dilation"))
         kernel, groups = list(weight.shape[2:]), given["groups"]
-        if (out[2], size[2], padding[0]) != (1, kernel[0], 0):
+        if (out[2], size[2], padding[0]) != (1, dilation[0] * (kernel[0] - 1) + 1, 0):
             return
         alone = kernel[1:] == stride[1:] == [1] * (n - 1) and not any(padding)  # no mixing beside time and channels
         rows, picture, positions = size[1] * kernel[0], size[3:], prod(size[3:])
+        depthwise = groups == size[1] == len(weight)
         with self.graph.inserting_before(node):
+            if dilation[0] > 1 and (groups == 1 or depthwise):
+                source = self.call(aten.slice.Tensor, source, 2, 0, size[2], dilation[0])
             if groups == 1 and alone and positions == 1:
                 turned = self.derived("turned", [weight], lambda: weight.reshape(-1, rows).t().contiguous())
                 flat = self.call(aten.reshape.default, source, [-1, rows])
@@ -142,7 +193,10 @@ class Lowering:
                 flat = self.call(aten.reshape.default, source, [-1, rows, *picture])
                 spatial = (stride[1:], padding[1:], dilation[1:])
                 found = self.call(aten.conv2d.default, flat, folded, given["bias"], *spatial)
-            elif groups == size[1] == len(weight) and alone and n == 3 and kernel[0] > 1:
+            elif depthwise and n == 2 and kernel[0] * positions * out[3] <= SMALL:
+                given |= {"source": size, "stride": stride, "padding": padding, "dilation": dilation}
+                found = self.small_depthwise(source, weight, bias, given)
+            elif depthwise and alone and n == 3 and kernel[0] > 1:
                 taps = self.derived("taps", [weight], lambda: weight.reshape(-1, 1, kernel[0]))
                 flat = self.call(aten.reshape.default, source, [-1, size[1], kernel[0], positions])
                 found = self.call(aten.matmul.default, taps, flat)
@@ -155,6 +209,30 @@ class Lowering:
         node.replace_all_uses_with(found)
         self.graph.erase_node(node)
 
+    def small_depthwise(
+        self, source: fx.Node, weight: torch.Tensor, bias: torch.Tensor | None, given: dict[str, Any]
+    ) -> fx.Node:
+        """A depthwise convolution of few positions, as one product for each channel with all taps at their places."""
+        _, channels, _, places = given["source"]
+        frames, extent = weight.shape[2], (given["stride"][1], given["padding"][1], given["dilation"][1])
+
+        def spread() -> torch.Tensor:
+            each = torch.eye(frames * places, dtype=weight.dtype, device=weight.device)
+            each = each.view(-1, 1, frames, places).expand(-1, channels, -1, -1)
+            stride, padding, dilation = extent
+            made = aten.conv2d.default(each, weight, None, [1, stride], [0, padding], [1, dilation], channels)
+            return made.flatten(2).transpose(0, 1).contiguous()  # type: ignore[no-any-return]
+
+        matrix = self.derived(f"spread {frames} {places} {extent}", [weight], spread)
+        rows = self.call(aten.reshape.default, source, [-1, channels, frames * places])
+        rows = self.call(aten.transpose.int, rows, 0, 1)
+        if bias is None:
+            found = self.call(aten.bmm.default, rows, matrix)
+        else:
+            column = self.derived("each channel", [bias], lambda: bias[:, None, None].contiguous())
+            found = self.call(aten.baddbmm.default, column, rows, matrix)
+        return self.call(aten.transpose.int, found, 0, 1)
+
     def call(self, target: Any, *args: Any) -> fx.Node:
         """One call of a function."""
         return self.graph.call_function(target, args)
@@ -166,21 +244,24 @@ def _each(value: int | list[int], n: int) -> list[int]:
     return numbers * n if len(numbers) == 1 else numbers
 
 
-def _sizes(module: fx.GraphModule, arguments: Shapes, device: torch.device) -> dict[fx.Node, tuple[int, ...]]:
-    """The shape of every tensor in a program, from arguments of example shapes; none if torch cannot tell."""
-    found: dict[fx.Node, tuple[int, ...]] = {}
-
-    class Record(fx.Interpreter):
-        def run_node(self, n: fx.Node) -> Any:
-            result = super().run_node(n)
-            if isinstance(result, torch.Tensor):
-                found[n] = tuple(result.shape)
-            return result
-
+def _sizes(
+    graph: fx.Graph, tensors: Mapping[str, torch.Tensor], arguments: Shapes, device: torch.device
+) -> dict[fx.Node, tuple[int, ...]]:
+    """The shape of every tensor in a graph, from arguments of example shapes; none if torch cannot tell."""
+    values: dict[fx.Node, Any] = {}
+    given = iter(arguments)
     try:
         # the caller's modes, a counter of operations say, are for what a step does
         with _disable_current_modes(), FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
-            Record(module).run(*(torch.empty(size, dtype=dtype, device=device) for size, dtype in arguments))
+            for node in graph.nodes:
+                if node.op == "placeholder":
+                    size, dtype = next(given)
+                    values[node] = torch.empty(size, dtype=dtype, device=device)
+                elif node.op == "get_attr":
+                    values[node] = tensors[str(node.target)]
+                elif node.op == "call_function":
+                    args, kwargs = map_arg((node.args, node.kwargs), values.__getitem__)
+                    values[node] = node.target(*args, **kwargs)
     except (RuntimeError, NotImplementedError):  # an op without a shape function, or whose result's shape is data
         return {}
-    return found
+    return {n: tuple(v.shape) for n, v in values.items() if isinstance(v, torch.Tensor)}
