@@ -8,6 +8,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +69,10 @@ def ways(shape: Any) -> dict[str, Way]:
     if kernel[0] == 1:
         w2 = w[:, :, 0].contiguous()
         found["conv2d"] = lambda: F.conv2d(x[:, :, 0], w2, b, steps[1:], pad[1:], 1, groups).unsqueeze(2)
+    if picture != (1, 1):
+        found |= taps_apart(x, w, b, stride, pad, groups)
+    if depthwise and prod(kernel[:1] + picture + picture) <= 1 << 11:
+        found["all taps at their places"] = spread(x, w, b, pad)
     if depthwise:
         taps = [w[:, :, t].contiguous() for t in range(kernel[0])]
 
@@ -112,6 +117,54 @@ def ways(shape: Any) -> dict[str, Way]:
                 x.view(batch, cin * kernel[0], *picture), folded, b, steps[1:], pad[1:], 1, groups
             ).unsqueeze(2)
     return found
+
+
+def taps_apart(
+    x: torch.Tensor, w: torch.Tensor, b: torch.Tensor, stride: int, pad: tuple[int, ...], groups: int
+) -> dict[str, Way]:
+    """Frames that lie apart, channels last: a sum of taps, by oneDNN or, of pixels alone, by matrix products."""
+    frames = [f.contiguous(memory_format=torch.channels_last) for f in x.unbind(2)]
+    geometry = (list(pad[1:]), [stride, stride], [1, 1], groups)
+    packed = [
+        torch.ops.mkldnn._reorder_convolution_weight(t.contiguous(), *geometry, list(frames[0].shape))
+        for t in w.unbind(2)
+    ]
+
+    def packs() -> torch.Tensor:
+        run, add = torch.ops.mkldnn._convolution_pointwise, torch.ops.mkldnn._convolution_pointwise_
+        y = run(frames[0], packed[0], b, *geometry, "none", [], "")
+        for frame, tap in zip(frames[1:], packed[1:], strict=True):
+            add(y, frame, tap, None, *geometry, "add", 1.0, None, [], "")
+        return y.unsqueeze(2)  # type: ignore[no-any-return]
+
+    found: dict[str, Way] = {"taps, oneDNN": packs}
+    if w.shape[3:] == (1, 1) and groups == 1:
+        turned = [t.flatten(1).t().contiguous() for t in w.unbind(2)]
+
+        def pixels() -> torch.Tensor:
+            y = b
+            for frame, tap in zip(frames, turned, strict=True):
+                rows = frame[:, :, ::stride, ::stride].permute(0, 2, 3, 1)
+                y = torch.addmm(y, rows.reshape(-1, rows.shape[3]), tap)
+            return y.view(*rows.shape[:3], -1).permute(0, 3, 1, 2).unsqueeze(2)
+
+        found["taps, pixels x weights"] = pixels
+    return found
+
+
+def spread(x: torch.Tensor, w: torch.Tensor, b: torch.Tensor, pad: tuple[int, ...]) -> Way:
+    """A depthwise convolution of few positions as a product for each channel."""
+    batch, channels, frames, *picture = x.shape
+    places = prod(picture)
+    each = torch.eye(frames * places).view(-1, 1, frames, *picture).expand(-1, channels, -1, -1, -1)
+    matrix = F.conv3d(each, w, None, 1, pad, 1, channels).flatten(2).transpose(0, 1).contiguous()
+    column = b[:, None, None]
+
+    def product() -> torch.Tensor:
+        rows = x.reshape(batch, channels, frames * places).transpose(0, 1)
+        return torch.baddbmm(column, rows, matrix).transpose(0, 1).reshape(batch, channels, 1, *picture)
+
+    return product
 
 
 def main() -> None:

@@ -11,7 +11,7 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from .inputs import InputSpec
-from .passes.capture import Point
+from .passes.capture import Point, untraced
 from .passes.codegen.graph_module import FOREVER, Key, generate, state_specs
 from .passes.errors import CompileError, user_frame
 from .passes.pipeline import Leaf, Plan, tensors
@@ -67,6 +67,7 @@ class Compiled:
     def _fingerprint(self) -> tuple[tuple[int, int], ...]:
         return tuple((id(t), t._version) for t in (*self.model.parameters(), *self.model.buffers()))
 
+    @untraced
     def renew(self) -> bool:
         """Take up parameters that have changed since programs were made, and tell whether any have.
 

@@ -21,7 +21,7 @@ from torch import nn
 from .compiled import Compiled
 from .inputs import make_clock
 from .lanes import POSITION, Lanes, lanes_of
-from .passes.capture import Clock
+from .passes.capture import Clock, untraced
 from .passes.codegen.graph_module import Key
 from .passes.errors import CaptureError
 from .passes.make_continual import make_continual
@@ -133,7 +133,8 @@ class StepModule(nn.Module):
     """A model that takes a stream frame by frame, or in chunks, and gives what the clip model gives.
 
     A call while another one is running, in a second thread say, is refused; two step models of one module may run in
-    two threads. A call that raises leaves the stream where it was. Offline, ``step(clip)`` is ``model(clip)``.
+    two threads, the module itself not while it is being compiled. A call that raises leaves the stream where it was.
+    Offline, ``step(clip)`` is ``model(clip)``.
     """
 
     def __init__(
@@ -171,6 +172,7 @@ class StepModule(nn.Module):
         clock, ticks = make_clock(example, self._time_dim, self._batch_dim)
         self._trace(example, clock, self._clip_length or ticks, given=True)
 
+    @untraced
     def _trace(self, example: Sequence[torch.Tensor], clock: Clock, ticks: int, given: bool) -> None:
         batch = clock.batch(example)
         wanted = [ticks] if self._clip_length else [ticks, *(ticks * k for k in (2, 4, 8, 16))] if given else TRIALS
@@ -200,7 +202,7 @@ class StepModule(nn.Module):
                     "after padding or memory, which see where a clip begins. compile(..., equivalence='clip') gives "
                     "model(last clip) at every step instead, by recomputing each clip; equivalence='first-clip' asks "
                     "for this one and is silent.",
-                    stacklevel=4,
+                    stacklevel=5,
                 )
                 break
         self._example = tuple(x.detach() for x in example)
@@ -209,6 +211,7 @@ class StepModule(nn.Module):
         self._lane_programs = None
         self._place(StreamState())
 
+    @untraced
     def _plan(self, example: Sequence[torch.Tensor], clock: Clock, ticks: int, batch: int) -> Plan:
         window = self._clip_length or ticks
         chosen = [self._nonlocal_ops] if isinstance(self._nonlocal_ops, str) else self._nonlocal_ops.values()
@@ -465,6 +468,7 @@ class StepModule(nn.Module):
         """Takes calls after this one back."""
         return functools.partial(self.__dict__.update, _state=self._state, _lanes=self._lanes, _held=self._held)
 
+    @untraced
     def _plan_alone(self, plan: Plan) -> Plan:
         """The model traced for a batch of one, which each lane then is: it fixes its batch size."""
         kinds = [leaf.equivalence for leaf in plan.outputs]

@@ -8,6 +8,7 @@ batch sizes and lengths, and another of telling whether what the trace took for 
 from __future__ import annotations
 
 import contextlib
+import functools
 import inspect
 import io
 import logging
@@ -18,7 +19,7 @@ import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 import sympy  # type: ignore[import-untyped]
 import torch
@@ -42,6 +43,20 @@ TIME_LIMIT = 300.0  # seconds that one way of tracing may take
 # one meets: powers of two, and hops such as 300, 320 or 441 frames.
 CONGRUENT = 2**12 * 3**2 * 5**2 * 7**2
 TRACING = threading.RLock()  # torch.export keeps global state: one trace at a time
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def untraced(function: Callable[P, R]) -> Callable[P, R]:
+    """Let a function that looks at a module run while no other thread traces it: a traced module's parameters are not
+    its own."""
+
+    @functools.wraps(function)
+    def waiting(*args: P.args, **kwargs: P.kwargs) -> R:
+        with TRACING:
+            return function(*args, **kwargs)
+
+    return waiting
 
 
 @dataclass(frozen=True)

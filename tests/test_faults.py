@@ -343,7 +343,7 @@ def test_two_step_models_of_one_module_in_two_threads() -> None:
             parts = [step.forward_step(x[:, :, t], OFFSET[:2]) for t in range(60)]
             y = [p[0] for p in parts if p is not None and p[0] is not None]
             got = torch.cat([torch.stack(y, 2), step.flush()[0]], 2)
-            results[seed] = (got, model(x, OFFSET[:2])[0])
+            results[seed] = (got, x)
 
     threads = [threading.Thread(target=worker, args=(seed,)) for seed in range(2)]
     for t in threads:
@@ -351,5 +351,5 @@ def test_two_step_models_of_one_module_in_two_threads() -> None:
     for t in threads:
         t.join(120)
     assert len(results) == 2
-    for got, wanted in results.values():
-        torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-5)
+    for got, x in results.values():  # the module may not run while it is being compiled
+        torch.testing.assert_close(got, model(x, OFFSET[:2])[0], rtol=1e-4, atol=1e-5)
