@@ -32,7 +32,7 @@ class Compiled:
         self.open_batch = plan.capture.symbolic_batch or all(b is None for b in plan.clock.batch_dims)
         self.specs = state_specs(plan.schedule)
         self.grows = bool(plan.schedule.growing)
-        self._apart = any(spec.apart is not None for spec in self.specs)
+        self.large_frames = any(spec.apart is not None for spec in self.specs)
         self.spec = InputSpec.of(plan)
         self.programs: dict[Key, Program] = {}
         self.tables = [op for op in plan.schedule.graph.ops if op.limit is not None]
@@ -158,7 +158,7 @@ class Compiled:
             return None
         self._notice()
         traced = torch.compiler.is_dynamo_compiling()  # its own kernels fit with histories that are whole
-        apart = self._apart and not traced
+        apart = not (self.large_frames and traced)
         place = count % self._period, apart
         if place not in self._steady:
             if traced:
@@ -167,7 +167,7 @@ class Compiled:
         run = self._steady[place]
         if run is None:
             return None
-        kept = state.apart if apart else state.tensors
+        kept = state.apart if self.large_frames and apart else state.tensors
         if kept is None:
             assert state.tensors is not None
             kept = take_apart(state.tensors, self.specs)
@@ -178,12 +178,12 @@ class Compiled:
             out = outputs
         else:
             out = self.pack(list(outputs), stacked=False)
-        if apart:
+        if self.large_frames and apart:
             return out, StreamState(count + 1, None, batch, after, self.specs)
         return out, StreamState(count + 1, after, batch)
 
     def steady_program(self, phase: int, apart: bool) -> None:
-        """Make the program of a step in mid-stream, to which large frames come one by one or not."""
+        """Make the program of a step in mid-stream: the fastest, which large frames enter one by one, or a plain one."""
         if (phase, apart) not in self._steady:
             program = self.program(Key(phase, 1, frames=True, apart=apart))
             fits = not program.wants and program.apart == apart

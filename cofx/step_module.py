@@ -358,7 +358,7 @@ class StepModule(nn.Module):
         if torch.is_grad_enabled() or self._lanes is not None:
             return out
         for phase in range(self.compiled.plan.schedule.period):  # what is made while dynamo looks on is compiled anew
-            self.compiled.steady_program(phase, apart=False)
+            self.compiled.steady_program(phase, apart=not self.compiled.large_frames)
         state = self._state
         object.__setattr__(self, "_state", StreamState(state.count, state.tensors, state.batch))
         return out

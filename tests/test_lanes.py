@@ -284,8 +284,6 @@ def test_no_loop_over_lanes() -> None:
     step = cofx.compile(Positioned().eval(), X)
     step.forward_step(X[:, :, 0], ready=[True] * 3)
     program = step._programs().program(1, True).module
-    nodes = len(program.graph.nodes)
     step.clean_state()
     step.forward_step(torch.randn(64, 3), ready=[True] * 64)
-    assert step._programs().program(1, True).module is not program
-    assert len(step._programs().program(1, True).module.graph.nodes) == nodes
+    assert step._programs().program(1, True).module is program

