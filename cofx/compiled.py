@@ -183,7 +183,7 @@ class Compiled:
         return out, StreamState(count + 1, after, batch)
 
     def steady_program(self, phase: int, apart: bool) -> None:
-        """Make the program of a step in mid-stream: the fastest, which takes large frames one by one, or a plain one."""
+        """Make the program of a step in mid-stream: the fastest, which takes large frames one by one, or a plain."""
         if (phase, apart) not in self._steady:
             program = self.program(Key(phase, 1, frames=True, apart=apart))
             fits = not program.wants and program.apart == apart
