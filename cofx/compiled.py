@@ -158,8 +158,8 @@ class Compiled:
             return None
         self._notice()
         traced = torch.compiler.is_dynamo_compiling()  # its own kernels fit with histories that are whole
-        apart = not (self.large_frames and traced)
-        place = count % self._period, apart
+        by_frame = self.large_frames and not traced
+        place = count % self._period, by_frame or not self.large_frames
         if place not in self._steady:
             if traced:
                 return None
@@ -167,7 +167,7 @@ class Compiled:
         run = self._steady[place]
         if run is None:
             return None
-        kept = state.apart if self.large_frames and apart else state.tensors
+        kept = state.apart if by_frame else state.tensors
         if kept is None:
             assert state.tensors is not None
             kept = take_apart(state.tensors, self.specs)
@@ -178,7 +178,7 @@ class Compiled:
             out = outputs
         else:
             out = self.pack(list(outputs), stacked=False)
-        if self.large_frames and apart:
+        if by_frame:
             return out, StreamState(count + 1, None, batch, after, self.specs)
         return out, StreamState(count + 1, after, batch)
 

@@ -7,6 +7,7 @@ they are at each sample point (``meta["samples"]``, ``meta["sizes"]``). Rules th
 from __future__ import annotations
 
 import operator
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -187,6 +188,15 @@ def _at(args: Any, capture: Capture, point: Point) -> Any:
     if isinstance(args, slice):
         return slice(*(_at(a, capture, point) for a in (args.start, args.stop, args.step)))
     return capture.sample(args, point)
+
+
+def listed(value: int | Sequence[int] | None, n: int, default: int = 0) -> list[int]:
+    """A parameter given once for all spatial dimensions, as a list with one entry for each."""
+    if value is None or value == []:
+        return [default] * n
+    if isinstance(value, int):
+        return [value] * n
+    return list(value) if len(value) == n else list(value) * n
 
 
 def bind(target: Any, args: Any, kwargs: Any) -> dict[str, Any]:

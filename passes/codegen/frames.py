@@ -21,7 +21,7 @@ import torch
 from torch import fx
 from torch.fx.node import map_arg
 
-from ..canonicalize import bind, unbind
+from ..canonicalize import bind, listed, unbind
 from .aliases import base
 
 aten = torch.ops.aten
@@ -193,7 +193,7 @@ class Apart:
         size, taken, weight = self.sizes[node], self.sizes[bound["input"]], bound["weight"]
         if isinstance(bound["padding"], str) or weight.op != "get_attr" or len(size) != 5:
             return None
-        stride, padding, dilation = (_each(bound[name], 3) for name in ("stride", "padding", "dilation"))
+        stride, padding, dilation = (listed(bound[name], 3) for name in ("stride", "padding", "dilation"))
         taps = self.sizes[weight][2]
         if size[2] != 1 or padding[0] or taps > MOST or taken[2] != dilation[0] * (taps - 1) + 1:
             return None
@@ -222,7 +222,8 @@ class Apart:
             if bound["output_size"][0] != 1:
                 return None
             return Frames(source.axis, (self._call(_POOLS[node.target], source.nodes[0], bound["output_size"][1:]),))
-        spans = {k: _each(v, 3) for k, v in bound.items() if k in ("kernel_size", "stride", "padding", "dilation")}
+        named = ("kernel_size", "stride", "padding", "dilation")  # no stride is the kernel's
+        spans = {k: listed(v, 3) for k, v in bound.items() if k in named and v != []}
         if spans["kernel_size"][0] != 1 or spans["padding"][0]:
             return None
         given = {**bound, **{k: v[1:] for k, v in spans.items()}, "self": source.nodes[0]}
@@ -322,8 +323,3 @@ class Apart:
             copy = self._call(aten.clone.default, frame)
         frame.replace_all_uses_with(copy, lambda user: user is not copy)
         return copy
-
-
-def _each(value: int | list[int], n: int) -> list[int]:
-    numbers = [value] if isinstance(value, int) else list(value)
-    return numbers * n if len(numbers) == 1 else numbers

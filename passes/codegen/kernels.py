@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import fx
 
-from ..canonicalize import bind
+from ..canonicalize import bind, listed
 
 if TYPE_CHECKING:
     from .lower import Lowering
@@ -86,7 +86,8 @@ class Pictures:
         return plain and pictures and (given["bias"] is None or bias is not None)
 
     def _replace(self, node: fx.Node, made: fx.Node) -> None:
-        self.size[made] = self.size[node]
+        if node in self.size:
+            self.size[made] = self.size[node]
         node.replace_all_uses_with(made)
         self.graph.erase_node(node)
 
@@ -94,7 +95,7 @@ class Pictures:
         given = bind(node.target, node.args, node.kwargs)
         weight = self.lowering.held(given["weight"])
         assert weight is not None
-        stride, padding, dilation = (_two(given[k]) for k in ("stride", "padding", "dilation"))
+        stride, padding, dilation = (listed(given[k], 2) for k in ("stride", "padding", "dilation"))
         with self.graph.inserting_before(node):
             if tuple(weight.shape[2:]) == (1, 1) and given["groups"] == 1 and not any(padding):
                 made = self._product(given, weight, stride)
@@ -207,10 +208,7 @@ class Pictures:
             if isinstance(gate, fx.Node) and gate.target is aten.sigmoid.default and gate.args[0] is source:
                 with self.graph.inserting_before(node):
                     made = self.lowering.call(aten.silu.default, source)
-                if node in self.size:
-                    self.size[made] = self.size[node]
-                node.replace_all_uses_with(made)
-                self.graph.erase_node(node)
+                self._replace(node, made)
                 if not gate.users:
                     self.graph.erase_node(gate)
                 return
@@ -230,8 +228,3 @@ class Pictures:
             turned = self.graph.call_function(aten.clone.default, (node,), {"memory_format": torch.channels_last})
         for reader in readers:
             reader.replace_input_with(node, turned)
-
-
-def _two(value: int | list[int]) -> list[int]:
-    numbers = [value] if isinstance(value, int) else list(value)
-    return numbers * 2 if len(numbers) == 1 else numbers

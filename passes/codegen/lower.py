@@ -17,7 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.node import map_arg
 from torch.utils._python_dispatch import _disable_current_modes
 
-from ..canonicalize import bind, unbind
+from ..canonicalize import bind, listed, unbind
 from .frames import Apart
 from .kernels import choose_kernels
 
@@ -168,7 +168,7 @@ class Lowering:
             return
         if given["bias"] is not None and bias is None:
             return
-        stride, padding, dilation = (_each(given[name], n) for name in ("stride", "padding", "dilation"))
+        stride, padding, dilation = (listed(given[name], n) for name in ("stride", "padding", "dilation"))
         kernel, groups = list(weight.shape[2:]), given["groups"]
         if (out[2], size[2], padding[0]) != (1, dilation[0] * (kernel[0] - 1) + 1, 0):
             return
@@ -238,12 +238,6 @@ class Lowering:
     def call(self, target: Any, *args: Any) -> fx.Node:
         """One call of a function."""
         return self.graph.call_function(target, args)
-
-
-def _each(value: int | list[int], n: int) -> list[int]:
-    """A parameter given once for all spatial dimensions, as a list with one entry for each."""
-    numbers = [value] if isinstance(value, int) else list(value)
-    return numbers * n if len(numbers) == 1 else numbers
 
 
 def _sizes(

@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import fx
 from torch._decomp import decomposition_table
+
+from ..canonicalize import listed
 
 aten = torch.ops.aten
 
@@ -23,11 +25,6 @@ def decompositions(graph: fx.Graph) -> dict[Any, Callable[..., Any]]:
     """Those that a graph needs."""
     targets = {n.target for n in graph.nodes if n.target not in _WHERE or n.meta["val"].dtype == torch.bool}
     return {op: f for op, f in TABLE.items() if op in targets}
-
-
-def _each(value: int | Sequence[int], n: int) -> list[int]:
-    given = [value] if isinstance(value, int) else list(value)
-    return given * n if len(given) == 1 else given
 
 
 def _out(size: int, k: int, s: int, p: int, d: int, ceil: bool) -> int:
@@ -57,8 +54,8 @@ def _max_pool(n: int) -> Callable[..., Any]:
     ) -> Any:
         if not ceil:
             return NotImplemented
-        k, d = _each(kernel, n), _each(dilation, n)
-        s, p = _each(stride, n) if stride else k, _each(padding, n)
+        k, d = listed(kernel, n), listed(dilation, n)
+        s, p = listed(stride, n) if stride else k, listed(padding, n)
         outs = [_out(int(x.shape[i - n]), k[i], s[i], p[i], d[i], True) for i in range(n)]
         lowest = -math.inf if x.dtype.is_floating_point else torch.iinfo(x.dtype).min
         return pool(_padded(x, outs, k, s, p, d, lowest), k, s, 0, d)
@@ -73,8 +70,8 @@ def _avg_pool(n: int) -> Callable[..., Any]:
         x: torch.Tensor, kernel: Any, stride: Any = (), padding: Any = 0, ceil: bool = False,
         count_pad: bool = True, divisor: int | None = None,
     ) -> Any:  # fmt: skip
-        k = _each(kernel, n)
-        s, p = _each(stride, n) if stride else k, _each(padding, n)
+        k = listed(kernel, n)
+        s, p = listed(stride, n) if stride else k, listed(padding, n)
         if divisor is None and not ceil and (count_pad or not any(p)):
             return NotImplemented
         sizes = [int(x.shape[i - n]) for i in range(n)]
@@ -101,7 +98,7 @@ def _avg_pool(n: int) -> Callable[..., Any]:
 def _adaptive(n: int, mean: bool) -> Callable[..., Any]:
     def decomposed(x: torch.Tensor, output: Any) -> Any:
         y = x
-        for i, out in enumerate(_each(output, n)):
+        for i, out in enumerate(listed(output, n)):
             dim = x.dim() - n + i
             size = int(x.shape[dim])
             bounds = [(j * size // out, -(-(j + 1) * size // out)) for j in range(out)]

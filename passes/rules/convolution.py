@@ -12,21 +12,13 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+from ..canonicalize import listed
 from ..layout import TIME, Layout, dim
 from ..registry import Call, Fact, Sample, Static, overloads, rule
 from ..schedule import Int, Taps
 from ..stream_graph import Carry, Value, read
 
 aten = torch.ops.aten
-
-
-def listed(value: int | list[int] | None, n: int, default: int = 0) -> list[int]:
-    """A parameter given once for all spatial dimensions, as a list with one entry for each."""
-    if value is None or value == []:
-        return [default] * n
-    if isinstance(value, int):
-        return [value] * n
-    return list(value) if len(value) == n else list(value) * n
 
 
 def spatial_layout(call: Call, layout: Layout, n: int, channels: int | None = None) -> Layout:

@@ -8,12 +8,12 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+from ..canonicalize import listed
 from ..errors import NonLocal
 from ..layout import TIME, Layout, dim
 from ..registry import Call, Fact, Sample, overloads, rule
 from ..schedule import Int, Taps, minimum
 from ..stream_graph import read
-from .convolution import listed
 
 aten = torch.ops.aten
 
