@@ -22,6 +22,7 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
+from ...runtime.onnx_meta import FORMAT
 from ..errors import CompileError, user_frame
 from ..schedule_delays import Schedule
 from .lanes import LaneProgram, flush_calls, generate_lanes, lane_schedule, model_axes
@@ -30,7 +31,6 @@ from .onnx_decompositions import decompositions
 if TYPE_CHECKING:
     from ..pipeline import Plan
 
-FORMAT = 1  # of the metadata
 OPSET = 18
 OUTER = "cofx::"  # before the names of inputs and outputs until they are told from the graph's own
 LARGEST = 2_000_000_000  # bytes in one file
