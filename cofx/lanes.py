@@ -66,6 +66,10 @@ class Lanes:
             )
         return self.programs[key]
 
+    def longest(self, given: int | None) -> int:
+        """Ticks that a stream may have in a file, where all of it is kept: as given, or four clips; 0 elsewhere."""
+        return (given or 4 * self.plan.capture.points[0].ticks) if self.grows else 0
+
     def specs_for(self, state: LaneState) -> list[StateSpec]:
         """What is kept of these lanes."""
         return lane_state_specs(self.schedule, state.capacity) if self.grows else self.specs

@@ -57,25 +57,29 @@ class Arrays:
             out.append(x[tuple(at)])
         return out
 
+    def batch_first(self, info: Mapping[str, Any], x: Array) -> Array:
+        """An input as the graph takes it; a view."""
+        batch = info["model_axes"]["batch"]
+        if info["shape"][:1] != ["batch"]:
+            return x
+        return x[None] if batch is None else np.moveaxis(x, batch, 0)
+
     def fill(self, buffers: Buffers, chunks: Sequence[Array], controls: Mapping[str, Array]) -> None:
         """Copy what a call is given into what is bound."""
         for x, info in zip(chunks, self.meta["inputs"], strict=True):
-            batch = info["model_axes"]["batch"]
-            if info["shape"][:1] == ["batch"]:
-                x = x[None] if batch is None else np.moveaxis(x, batch, 0)
-            np.copyto(buffers.inputs[info["name"]], x)
+            np.copyto(buffers.inputs[info["name"]], self.batch_first(info, x))
         for name, default in (("start", False), ("ready", True), ("length", -1)):
             if name in buffers.controls:
                 buffers.controls[name][...] = controls.get(name, default)
 
-    def collect(self, buffers: Buffers, parts: list[list[Array]]) -> None:
-        """Append the frames of the last call that exist; they are the same for all lanes."""
+    def collect(self, outputs: Mapping[str, Array], parts: list[list[Array]]) -> None:
+        """Append the frames of a call's outputs that exist; they are the same for all lanes."""
         for info, part in zip(self.meta["outputs"], parts, strict=True):
-            y = self.shaped(info, buffers.outputs[info["name"]], False)
+            y = self.shaped(info, outputs[info["name"]], False)
             if not info["timed"]:
                 part[:] = [y.copy()]
                 continue
-            exist = np.flatnonzero(buffers.outputs[info["valid"]][0])
+            exist = np.flatnonzero(outputs[info["valid"]][0])
             if exist.size:
                 part.append(np.take(y, exist, axis=info["model_axes"]["time"]))
 

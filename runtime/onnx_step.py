@@ -176,7 +176,7 @@ class OnnxStep:
         buffers.run()
         after = buffers.after(self._arrays.untimed(chunks))
         if not lanes:
-            self._arrays.collect(buffers, parts)
+            self._arrays.collect(buffers.outputs, parts)
             due = self._arrays.due(parts, frames)
             if update_state:
                 buffers.now = after
@@ -241,7 +241,7 @@ class OnnxStep:
         self._arrays.fill(buffers, chunks, controls)
         buffers.run()
         buffers.now = buffers.after(())
-        self._arrays.collect(buffers, parts)
+        self._arrays.collect(buffers.outputs, parts)
 
     def _flush(
         self, buffers: Buffers, held: Sequence[Array], rest: list[Array] | None, left: int, parts: list[list[Array]]

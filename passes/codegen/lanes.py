@@ -223,6 +223,15 @@ def generate_lanes(
     return build(in_front=True).program()
 
 
+def generate_exported(plan: Plan, ticks: int, device: torch.device, controls: bool, capacity: int) -> LaneProgram:
+    """The lane program as files hold it: lanes first everywhere, and room for `capacity` ticks and the flush calls
+    after them, where all of a stream is kept."""
+    schedule = lane_schedule(plan)
+    room = capacity and -(-capacity // ticks) * ticks + flush_calls(schedule, plan.outputs, ticks) * ticks
+    with torch.no_grad():
+        return generate_lanes(plan, ticks, device, controls=controls, batch_first=True, capacity=room)
+
+
 def flush_calls(schedule: Schedule, outputs: Sequence[Leaf], ticks: int) -> int:
     """After the call that a stream's last frame comes with, calls until its last output, at the most."""
     most = 0

@@ -25,7 +25,7 @@ from torch.utils import _pytree as pytree
 from ...runtime.onnx_meta import FORMAT
 from ..errors import CompileError, user_frame
 from ..schedule_delays import Schedule
-from .lanes import LaneProgram, flush_calls, generate_lanes, lane_schedule, model_axes
+from .lanes import LaneProgram, generate_exported, lane_schedule, model_axes
 from .onnx_decompositions import decompositions
 
 if TYPE_CHECKING:
@@ -107,12 +107,10 @@ def export_onnx(
     """
     import onnx
 
-    ticks = lane_schedule(plan).period if ticks is None else ticks
     schedule = lane_schedule(plan)
-    room = capacity and -(-capacity // ticks) * ticks + flush_calls(schedule, plan.outputs, ticks) * ticks
+    ticks = schedule.period if ticks is None else ticks
     device = next((t.device for t in plan.constants.tensors.values()), torch.device("cpu"))
-    with torch.no_grad():
-        program = generate_lanes(plan, ticks, device, controls=controls, batch_first=True, capacity=room)
+    program = generate_exported(plan, ticks, device, controls, capacity)
     names = _names(plan, program, controls)
     model = _convert(plan, program, names, controls, dynamic_batch, OPSET if opset is None else opset)
     _describe(model, plan, program, names, about | {"limit": _limit(schedule, capacity)}, controls)
