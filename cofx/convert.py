@@ -127,7 +127,7 @@ def compare_onnx(step: StepModule, path: Path, clips: Sequence[torch.Tensor]) ->
         InputError: the file cannot be read, or is of another model.
     """
     runner = OnnxStep(path)
-    ours, theirs = step._programs().about()["fingerprint"], runner.meta["fingerprint"]
+    ours, theirs = step._programs().fingerprint, runner.meta["fingerprint"]
     arrays = [x.numpy() for x in _whole(step, clips, runner.frames_per_step)]
     try:
         got = runner.forward_steps(*arrays, pad_end=True)

@@ -60,12 +60,29 @@ def read_meta(session: Any, path: str) -> dict[str, Any]:
     return found
 
 
+def may_end(meta: Mapping[str, Any], length: int) -> bool:
+    """Whether a stream of so many ticks ends as the model, run on all of it, does (see `Lanes.known_ends`)."""
+    if "ends" not in meta or length == 0:
+        return True
+    first, last, every, refused = (meta["ends"][n] for n in ("first", "last", "every", "refused"))
+    if not first <= length <= last:
+        if not every:
+            return False
+        length = last - (last - length) % every if length > last else first + (length - first) % every
+    return length not in refused
+
+
 def _check(meta: Mapping[str, Any], session: Any) -> None:
     """Raise unless everything that is used of the metadata is there, and fits the graph."""
     ticks, period = _whole(meta, "frames_per_step", 1), _whole(meta, "period", 1)
     _require(ticks % period == 0, f"frames_per_step: a multiple of {period}")
     _whole(meta, "flush_calls", 0)
     _require(meta["limit"] is None or _whole(meta, "limit", 0) >= 0, "limit: a number")
+    if "ends" in meta:
+        first, last, every = (_whole(meta["ends"], n, 0) for n in ("first", "last", "every"))
+        _require(every <= last - first + 1, "ends: every within first to last")
+        refused = meta["ends"]["refused"]
+        _require(isinstance(refused, list) and all(type(n) is int for n in refused), "ends: lengths")
     _require(isinstance(meta["fingerprint"], str), "fingerprint: text")
     _require(isinstance(meta["controls"], bool), "controls: true or false")
     for part in ("inputs", "outputs", "states"):

@@ -25,7 +25,7 @@ from .errors import InputError, LaneError, StateError
 from .lane_layout import LaneAxes, LaneLayout
 from .onnx_arrays import Arrays
 from .onnx_buffers import Array, Buffers, Now
-from .onnx_meta import NUMBERS, number, read_meta
+from .onnx_meta import NUMBERS, may_end, number, read_meta
 from .state_file import HELD, read_state, write_state
 
 POSITION = "position"
@@ -170,6 +170,7 @@ class OnnxStep:
             raise self._whole(ticks)
         buffers = self._checked(chunks, ticks)
         given = self._controls(controls, buffers.lanes) if lanes else {}
+        self._ends_as_traced(buffers, given)
         self._within_table(buffers, ticks, given)
         parts: list[list[Array]] = [[] for _ in self.meta["outputs"]]
         self._arrays.fill(buffers, chunks, given)
@@ -249,7 +250,10 @@ class OnnxStep:
         """Feed what is left, then empty frames until the last output is out. `held`: the inputs without time."""
         if not self.meta["controls"]:
             raise InputError("this file was exported without controls: its streams do not end")
-        end = {"length": int(buffers.state[0][0, 0]) + left}
+        count = int(buffers.state[0][0, 0]) + left
+        if not may_end(self.meta, count):
+            raise InputError(_otherwise(count))
+        end = {"length": count}
         for call in range(self.meta["flush_calls"] + (rest is not None)):
             chunks = self._arrays.blank(buffers.lanes, held)
             if call == 0 and rest is not None:
@@ -302,6 +306,17 @@ class OnnxStep:
             out[name] = array.reshape(lanes, 1)
         return out
 
+    def _ends_as_traced(self, buffers: Buffers, given: Mapping[str, Array]) -> None:
+        """Raise if a lane is told to end where the model, run offline, does otherwise than where it was traced."""
+        if "length" not in given:
+            return
+        position = np.where(given.get("start", False), 0, buffers.state[0])
+        told = given.get("ready", np.True_) & (given["length"] >= 0) & (position[:, 1:] == 0)
+        for lane in np.flatnonzero(told[:, 0]).tolist():
+            end = max(int(given["length"][lane, 0]), int(position[lane, 0]))
+            if not may_end(self.meta, end):
+                raise LaneError(lane, _otherwise(end))
+
     def _within_table(self, buffers: Buffers, ticks: int, given: Mapping[str, Array]) -> None:
         """Raise before a table of positions runs out for any lane."""
         limit = self.meta["limit"]
@@ -316,7 +331,8 @@ class OnnxStep:
         if over.any():
             raise LaneError(
                 int(np.flatnonzero(over[:, 0])[0]),
-                f"the stream is longer than a table of the model, which lasts for {limit} frames; start a new one",
+                f"the stream is longer than the {limit} frames that this file takes (a table of the model ends there, "
+                "or the room that it was exported with); start a new one",
             )
 
     # -- state -------------------------------------------------------------------------------------------------------
@@ -493,6 +509,13 @@ class OnnxStep:
     def equivalence(self) -> str:
         """What holds for the first output."""
         return str(self.outputs[0]["equivalence"])
+
+
+def _otherwise(length: int) -> str:
+    return (
+        f"a stream of {length} frames cannot end here: at this length the model does otherwise than where it was "
+        "traced; compile(..., equivalence='clip') recomputes whole clips"
+    )
 
 
 def _indices(lanes: Any, total: int) -> Array:

@@ -113,7 +113,7 @@ def export_onnx(
     program = generate_exported(plan, ticks, device, controls, capacity)
     names = _names(plan, program, controls)
     model = _convert(plan, program, names, controls, dynamic_batch, OPSET if opset is None else opset)
-    _describe(model, plan, program, names, about | {"limit": _limit(schedule, capacity)}, controls)
+    _describe(model, plan, program, names, about | {"limit": _limit(plan, schedule, capacity)}, controls)
     _save(onnx, model, os.fspath(path))
 
 
@@ -299,9 +299,11 @@ def _describe(
     entry.key, entry.value = "cofx", json.dumps(meta)
 
 
-def _limit(schedule: Schedule, capacity: int) -> int | None:
-    """Ticks that a stream may have before a table of positions runs out, or there is no more room for it."""
+def _limit(plan: Plan, schedule: Schedule, capacity: int) -> int | None:
+    """Ticks that a stream may have before a table of positions runs out, there is no more room for it, or the model
+    would do otherwise than where it was traced."""
     limits = [capacity] if capacity else []
+    limits += [] if plan.limit is None else [plan.limit[0]]
     for op in schedule.graph.ops:
         if op.limit is not None:
             n = 0
