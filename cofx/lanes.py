@@ -275,9 +275,10 @@ class Lanes:
         capacity = self.compiled.capacity(state.count)
         position = torch.zeros(lanes, 2, dtype=torch.int64, device=self.spec.device)
         position[:, 0] = state.count
+        specs = lane_state_specs(self.schedule, capacity)[1:]
         kept = [
-            to_lanes_first(t, layout, lanes).contiguous()
-            for t, layout in zip(state.tensors, state_layouts(self.schedule, capacity), strict=True)
+            to_lanes_first(t, layout, lanes).reshape(spec.shape(lanes)).contiguous()
+            for t, layout, spec in zip(state.tensors, state_layouts(self.schedule, capacity), specs, strict=True)
         ]
         return LaneState((position, *kept), capacity)
 
@@ -323,6 +324,8 @@ class Lanes:
         ):
             capacity = self.compiled.capacity(capacity + 1)
         specs = lane_state_specs(self.schedule, capacity)
+        known = [s for s in specs if isinstance(snap.get(s.name), torch.Tensor) and snap[s.name].dim() == len(s.dims)]
+        snap = snap | dict(zip([s.name for s in known], grow([snap[s.name] for s in known], known), strict=True))
         return check_lanes(snap, specs, self.schedule.period, self.spec.device, capacity)
 
 

@@ -117,7 +117,9 @@ def _check(meta: Mapping[str, Any], session: Any) -> None:
         for name in NUMBERS:
             number(info[name])
     _require(meta["states"][0]["shape"] == ["batch", 2] and meta["states"][0]["dtype"] == "int64", "position: first")
-    _require(all(isinstance(s["key"], str) for s in meta["states"]), "key: text")
+    for state in meta["states"]:
+        _require(isinstance(state["key"], str), "key: text")
+        _require(_axis(state.get("grows"), len(state["shape"])) != 0, "grows: behind the batch")
     leaves = sorted(_leaves(meta["structure"]))
     _require(leaves == list(range(len(meta["outputs"]))), "structure: each output once")
 

@@ -382,7 +382,7 @@ class OnnxStep:
         if set(state) != wanted:
             missing, unknown = sorted(wanted - set(state)), sorted(set(state) - wanted)
             raise StateError(f"the state is of another model: missing {missing}, unknown {unknown}")
-        arrays = [np.asarray(state[s["key"]]) for s in specs]
+        arrays = [_fitted(np.asarray(state[s["key"]]), s) for s in specs]
         counts = {a.shape[:1] for a in arrays}
         if len(counts) != 1 or counts == {()}:
             raise StateError("the state's arrays do not have the same number of lanes")
@@ -509,6 +509,24 @@ class OnnxStep:
     def equivalence(self) -> str:
         """What holds for the first output."""
         return str(self.outputs[0]["equivalence"])
+
+
+def _fitted(array: Array, spec: Mapping[str, Any]) -> Array:
+    """A state with the room that a file has, where all of a stream is kept: its frames stand at the end.
+
+    Raises:
+        StateError: the stream is too long for the file.
+    """
+    axis = spec.get("grows")
+    if axis is None or array.ndim != len(spec["shape"]):
+        return array
+    missing = spec["shape"][axis] - array.shape[axis]
+    if missing >= 0:
+        return np.pad(array, [(missing * (d == axis), 0) for d in range(array.ndim)])
+    front = (slice(None),) * axis
+    if array[(*front, slice(0, -missing))].any():
+        raise StateError(f"{spec['key']} is too long for this file: export one with more room (longest=...)")
+    return array[(*front, slice(-missing, None))]
 
 
 def _otherwise(length: int) -> str:

@@ -279,6 +279,7 @@ def _describe(
             "key": s.name,
             "shape": ["batch", *s.shape(1)[1:]],
             "dtype": _dtype(s.dtype),
+            "grows": s.grows,
             "holds": s.holds,
         }
         for i, o, s in zip(names.states_in, names.states_out, program.states, strict=True)
