@@ -711,7 +711,7 @@ class StepModule(nn.Module):
             dynamic_batch=dynamic_batch,
             opset=opset,
             controls=controls,
-            capacity=(longest or 4 * self._ticks) if programs.grows else 0,
+            capacity=programs.longest(longest),
         )
 
     def report(self) -> Report:

@@ -22,15 +22,15 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
+from ...runtime.onnx_meta import FORMAT
 from ..errors import CompileError, user_frame
 from ..schedule_delays import Schedule
-from .lanes import LaneProgram, flush_calls, generate_lanes, lane_schedule, model_axes
+from .lanes import LaneProgram, generate_exported, lane_schedule, model_axes
 from .onnx_decompositions import decompositions
 
 if TYPE_CHECKING:
     from ..pipeline import Plan
 
-FORMAT = 1  # of the metadata
 OPSET = 18
 OUTER = "cofx::"  # before the names of inputs and outputs until they are told from the graph's own
 LARGEST = 2_000_000_000  # bytes in one file
@@ -107,15 +107,13 @@ def export_onnx(
     """
     import onnx
 
-    ticks = lane_schedule(plan).period if ticks is None else ticks
     schedule = lane_schedule(plan)
-    room = capacity and -(-capacity // ticks) * ticks + flush_calls(schedule, plan.outputs, ticks) * ticks
+    ticks = schedule.period if ticks is None else ticks
     device = next((t.device for t in plan.constants.tensors.values()), torch.device("cpu"))
-    with torch.no_grad():
-        program = generate_lanes(plan, ticks, device, controls=controls, batch_first=True, capacity=room)
+    program = generate_exported(plan, ticks, device, controls, capacity)
     names = _names(plan, program, controls)
     model = _convert(plan, program, names, controls, dynamic_batch, OPSET if opset is None else opset)
-    _describe(model, plan, program, names, about | {"limit": _limit(schedule, capacity)}, controls)
+    _describe(model, plan, program, names, about | {"limit": _limit(plan, schedule, capacity)}, controls)
     _save(onnx, model, os.fspath(path))
 
 
@@ -281,6 +279,7 @@ def _describe(
             "key": s.name,
             "shape": ["batch", *s.shape(1)[1:]],
             "dtype": _dtype(s.dtype),
+            "grows": s.grows,
             "holds": s.holds,
         }
         for i, o, s in zip(names.states_in, names.states_out, program.states, strict=True)
@@ -301,9 +300,11 @@ def _describe(
     entry.key, entry.value = "cofx", json.dumps(meta)
 
 
-def _limit(schedule: Schedule, capacity: int) -> int | None:
-    """Ticks that a stream may have before a table of positions runs out, or there is no more room for it."""
+def _limit(plan: Plan, schedule: Schedule, capacity: int) -> int | None:
+    """Ticks that a stream may have before a table of positions runs out, there is no more room for it, or the model
+    would do otherwise than where it was traced."""
     limits = [capacity] if capacity else []
+    limits += [] if plan.limit is None else [plan.limit[0]]
     for op in schedule.graph.ops:
         if op.limit is not None:
             n = 0
