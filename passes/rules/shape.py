@@ -214,12 +214,12 @@ def repeat(call: Call) -> Fact:
     x = call.maybe("self")
     if x is None:
         return _repeated_along_time(call)
-    times = call.arg("repeats", call.arg("dims"))
-    padded = [1] * (len(x.layout) - len(times)) + list(times)
+    times = list(zip(*call.sampled("repeats" if "repeats" in call.samples[0] else "dims"), strict=True))
+    padded = [_static(call, t) for t in ((1,) * len(times[0]),) * (len(x.layout) - len(times)) + tuple(times)]
     layout = Layout(((),) * (len(padded) - len(x.layout)) + x.layout.dims)
-    call.require(padded[layout.time] == 1, "the clip is repeated as a whole")
-    wide = Layout(tuple(dim(r, *d) if r != 1 else d for r, d in zip(padded, layout, strict=True)))
-    return call.framewise(wide)
+    call.require(not padded[layout.time], "the clip is repeated as a whole")
+    call.require(all(not r or BATCH not in d for r, d in zip(padded, layout, strict=True)), "lanes are repeated")
+    return call.framewise(Layout(tuple(dim(*r, *d) for r, d in zip(padded, layout, strict=True))))
 
 
 @rule(*overloads("repeat_interleave.self_int"), takes_edges=True)
