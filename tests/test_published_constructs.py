@@ -65,6 +65,26 @@ class FirstFrameKept(nn.Module):
         return y
 
 
+class ChunkMask(nn.Module):
+    """A query reads the chunk that it lies in and so many before it (streaming Conformers)."""
+
+    def __init__(self, chunk: int, before: int, causal: bool = False) -> None:
+        super().__init__()
+        self.attention, self.chunk, self.before, self.causal = (
+            nn.MultiheadAttention(4, 2, batch_first=True), chunk, before, causal,
+        )  # fmt: skip
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(batch, time, 4)"""
+        at = torch.arange(x.shape[1])
+        chunk = at // self.chunk
+        mask = (chunk[None] > chunk[:, None]) | (chunk[None] < chunk[:, None] - self.before)
+        if self.causal:
+            mask = mask | (at[None] > at[:, None])
+        y: Tensor = self.attention(x, x, x, attn_mask=mask, need_weights=False)[0]
+        return y
+
+
 class EveryOther(nn.Module):
     """Frames at indices that are positions: a slice."""
 
@@ -207,6 +227,8 @@ class MadeInForward(nn.Module):
 
 
 CASES = {
+    "chunk_mask": (lambda: ChunkMask(4, 2), (2, 9, 4), 1, {"lag": 3}),
+    "chunk_mask_of_the_past": (lambda: ChunkMask(100, 0, causal=True), (2, 9, 4), 1, {"length": 240}),
     "assertions_on_data": (Asserted, (2, 3, 9), 2, {}),
     "bias_in_a_product": (Alibi, (2, 9, 4), 1, {"unbounded": True}),
     "ops_that_do_nothing": (Packed, (2, 3, 9), 2, {}),
@@ -232,3 +254,27 @@ def test_streams(name: str) -> None:
     step = cofx.compile(model, x, time_dim=time_dim)
     assert step.equivalence == "stream"
     check_contract(model, x, step=step, name=name, time_dim=time_dim, exact=False, **fields)
+
+
+class OneLength(nn.Module):
+    """Filters by Fourier transforms in a model that takes clips of one length alone (braindecode's filter banks)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.filter, self.head = nn.Parameter(torch.randn(5)), nn.Linear(3 * 12, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(batch, 3, 12)"""
+        n = x.shape[-1] + 4
+        spectrum = torch.fft.rfft(x, n=n) * torch.fft.rfft(self.filter[None, None], n=n)
+        y: Tensor = self.head(torch.fft.irfft(spectrum, n=n)[..., 2:-2].flatten(1))
+        return y
+
+
+def test_filters_of_a_model_that_takes_one_length_stream_up_to_what_needs_the_clip() -> None:
+    torch.manual_seed(0)
+    model, x = OneLength().eval(), torch.randn(2, 3, 12)
+    step = cofx.compile(model, x)
+    assert step.equivalence == "first-clip"
+    assert not any("Fourier" in line for line in step.report().recomputed)
+    assert step.verify(x).exact
