@@ -166,6 +166,11 @@ def _folded(call: Call, wanted: Sizes) -> tuple[Value, Length, Dim] | None:
     return None
 
 
+def along_time(call: Call, wanted: Sizes) -> tuple[Value, Length, Dim]:
+    """A value whose length these sizes follow, how they do, and the dimension that has them: time, perhaps folded."""
+    return _folded(call, wanted) or (*call.length_like(wanted), (TIME,))
+
+
 def _moving(call: Call, node: fx.Node) -> tuple[int, Value, Length, Dim]:
     """The dimension of the result, of size 1 before, that follows the clip's length, how it does, and its factors."""
     sizes, rank = call.out_sizes, len(node.meta["val"].shape)
@@ -176,7 +181,7 @@ def _moving(call: Call, node: fx.Node) -> tuple[int, Value, Length, Dim]:
     call.require(
         axis < len(sizes) - rank or node.meta["val"].shape[axis - len(sizes) + rank] == 1, "a second time axis"
     )
-    like, length, along = _folded(call, sizes[axis]) or (*call.length_like(sizes[axis]), (TIME,))
+    like, length, along = along_time(call, sizes[axis])
     return axis, like, length, along
 
 
