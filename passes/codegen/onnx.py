@@ -19,7 +19,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
+from torch import fx, nn
+from torch._decomp import decomposition_table
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils import _pytree as pytree
 
 from ...runtime.onnx_meta import FORMAT
@@ -228,15 +230,36 @@ def _blame(plan: Plan, error: BaseException) -> str:
     while chain is not None:
         said.append(str(chain))
         chain = chain.__cause__ or chain.__context__  # type: ignore[assignment]
-    ops = sorted(set(re.findall(r"(?:aten|prims)[.:]+\w+(?:\.\w+)?", " ".join(said))))
+    ops = sorted(
+        {op.replace(":", ".").replace("..", ".") for op in re.findall(r"(?:aten|prims)[.:]+\w+", " ".join(said))}
+    )
     text = ", ".join(ops) if ops else said[-1].strip().splitlines()[0]
-    named = {re.split(r"[.:]+", op)[1].replace("_", "") for op in ops}  # a prim is called as its op is, or nearly so
-    lines = {
-        user_frame(n): None
-        for n in plan.graph.nodes
-        if n.op == "call_function" and any(part.replace("_", "") in named for part in str(n.target).split(".")[1:2])
-    }
+    calls = [n for n in plan.graph.nodes if n.op == "call_function"]
+    lines = {user_frame(n): None for n in calls if _made_of(n) & set(ops)}
     return "\n    at      ".join([f"the step program has no ONNX form: {text}", *filter(None, lines)])
+
+
+def _made_of(node: fx.Node) -> set[str]:
+    """An op's name, and those of what it is decomposed into."""
+    found = {".".join(str(node.target).split(".")[:2])}
+    if isinstance(node.target, torch._ops.OpOverload) and node.target in decomposition_table:
+        args, kwargs = torch.fx.node.map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
+        flat, spec = pytree.tree_flatten((args, kwargs))
+        tensors = [i for i, x in enumerate(flat) if isinstance(x, torch.Tensor)]
+
+        def run(*given: torch.Tensor) -> Any:
+            filled = list(flat)
+            for i, x in zip(tensors, given, strict=True):
+                filled[i] = x
+            a, k = pytree.tree_unflatten(filled, spec)
+            return node.target(*a, **k)  # type: ignore[operator]
+
+        with contextlib.suppress(Exception):  # a size that was left open
+            examples = [torch.empty([int(s) for s in flat[i].shape], dtype=flat[i].dtype) for i in tensors]
+            table: dict[Any, Any] = dict(decomposition_table)
+            traced = make_fx(run, table, tracing_mode="fake")(*examples)
+            found |= {".".join(str(n.target).split(".")[:2]) for n in traced.graph.nodes}
+    return found
 
 
 def _describe(

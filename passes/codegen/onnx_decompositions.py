@@ -17,6 +17,7 @@ from torch import fx
 from torch._decomp import decomposition_table
 
 from ..canonicalize import listed
+from . import special_functions
 
 aten = torch.ops.aten
 
@@ -199,6 +200,7 @@ TABLE: dict[Any, Callable[..., Any]] = {
     aten.median.dim: _median,
     aten.rrelu.default: _rrelu,
     aten.scaled_dot_product_attention.default: _attention,
+    **special_functions.TABLE,
 }
 TABLE.update(dict.fromkeys(_WHERE, _where))
 for _n in (1, 2, 3):
