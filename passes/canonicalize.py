@@ -42,6 +42,9 @@ def canonicalize(capture: Capture) -> fx.Graph:
         if (entry(node.target).hands_on and not _trains(node)) or _keeps(node):
             env[node] = env[node.args[0]]
             continue
+        if (only := _only(node)) is not None:
+            env[node] = env[only]
+            continue
         if node.target is aten.slice_scatter.default and _alike(node.args[1], value):
             env[node] = env[node.args[1]]  # all of it is overwritten
             continue
@@ -60,7 +63,9 @@ def canonicalize(capture: Capture) -> fx.Graph:
             args = (*tensors, False, momentum, eps, True)
         if target is aten.convolution.default:
             target, args, kwargs = _as_layer(args, kwargs)
-        if target in _FILLS:
+        if target in _CONVERSIONS:
+            target, args, kwargs = aten.to.dtype, (args[0], value.dtype), {}
+        elif target in _FILLS:
             target, args, kwargs = _as_full(target, args, kwargs, value)
         elif target is aten.copy.default and _alike(node.args[1], value):
             env[node] = args[1]  # all of it is overwritten
@@ -82,6 +87,9 @@ def canonicalize(capture: Capture) -> fx.Graph:
     graph.lint()
     return graph
 
+
+_CONVERSIONS = (aten.type_as.default, aten.to.other)  # to what another tensor is
+_JOINS = (aten.cat.default, aten.concat.default, aten.concatenate.default)
 
 # a program's tensors need not have the strides that were traced
 _RESHAPES = {aten.view.default: aten.reshape.default, aten._unsafe_view.default: aten.reshape.default}
@@ -259,6 +267,11 @@ def _keeps(node: fx.Node) -> bool:
     if not isinstance(before, torch.Tensor) or not isinstance(after, torch.Tensor):
         return False
     name = node.target._schema.name
+    numbers: Any = node.args[1] if len(node.args) > 1 else ()
+    if name == "aten::pad":
+        return not any(numbers)
+    if name == "aten::repeat":
+        return len(numbers) == before.dim() and all(n == 1 for n in numbers)
     same = before.dtype == after.dtype and before.device == after.device
     if name in ("aten::to", "aten::_to_copy", "aten::type_as", "aten::clone"):
         return same
@@ -268,6 +281,12 @@ def _keeps(node: fx.Node) -> bool:
         whole = isinstance(stop, int) and stop >= torch.iinfo(torch.int64).max
         return bool(start in (0, None) and (stop is None or whole) and step == 1)
     return False
+
+
+def _only(node: fx.Node) -> fx.Node | None:
+    """The one tensor that is joined with no other."""
+    joined: Any = node.args[0] if node.target in _JOINS else ()
+    return joined[0] if len(joined) == 1 else None
 
 
 def _writes(node: fx.Node) -> bool:

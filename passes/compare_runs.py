@@ -25,6 +25,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
+from .assertions import truth_without_error
 from .capture import CONGRUENT, TRACING, Capture, Clock, as_for_inference, quiet
 from .errors import is_users, line_of
 from .symbolic_recurrence import symbolic_recurrence
@@ -108,7 +109,7 @@ class Runs:
                     torch.empty(s, dtype=d, device=v)
                     for s, (_, d, v) in zip(self._sizes(ticks), self.like, strict=True)
                 ]
-                with _Recorder(run, most):
+                with _Recorder(run, most, {id(m) for m in self.model.modules()}):
                     outputs = self.model(*inputs)
         except _TooMany:
             run.cut = True
@@ -210,20 +211,22 @@ class _TooMany(Exception):
 
 
 class _Recorder(TorchFunctionMode):
-    """Writes down each call of torch, up to so many."""
+    """Writes down each call of torch, up to so many; `modules`: the identities of the model's own."""
 
-    def __init__(self, run: Run, most: int | None) -> None:
+    def __init__(self, run: Run, most: int | None, modules: set[int]) -> None:
         super().__init__()
-        self.run, self.most = run, most
+        self.run, self.most, self.modules = run, most, modules
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if getattr(func, "__name__", "") != "__get__":
-            place, line = _place(sys._getframe(1))
+            place, line = _place(sys._getframe(1), self.modules)
             self.run.calls.setdefault((func, place), {})[tuple(_numbers((args, kwargs)))] = line
             self.run.counts[(func, place)] += 1
             if self.most is not None and self.run.counts.total() > self.most:
                 raise _TooMany
+        if (holds := truth_without_error(func)) is not None:
+            return holds
         return func(*args, **kwargs)
 
 
@@ -251,14 +254,17 @@ def _grows(a: Any, b: Any, c: Any) -> bool:
     return bool(most == 3 * more or (isinstance(most, float) and math.isclose(most, 3 * more)))
 
 
-def _place(frame: FrameType | None) -> tuple[Place, Line | None]:
+def _place(frame: FrameType | None, modules: set[int]) -> tuple[Place, Line | None]:
     """The way through the code to this frame, and the innermost line of it that is the user's."""
     way: list[Any] = []
     line: Line | None = None
     while frame is not None and frame.f_code is not Runs._run.__code__:
         code = frame.f_code
+        if code.co_filename == "<string>":  # written by the program itself, perhaps for each length anew
+            frame = frame.f_back
+            continue
         owner = frame.f_locals.get("self") if "self" in code.co_varnames[:1] else None
-        way += (code, frame.f_lasti, id(owner) if isinstance(owner, nn.Module) else None)
+        way += (code, frame.f_lasti, id(owner) if id(owner) in modules else None)  # others are made for each call
         if line is None and is_users(code.co_filename):
             line = code.co_filename, frame.f_lineno, code.co_name
         frame = frame.f_back

@@ -19,11 +19,11 @@ from torch.utils import _pytree as pytree
 
 from .build_clips import build_clips
 from .canonicalize import canonicalize
-from .capture import Capture, Clock, capture
+from .capture import Capture, Clock, Point, capture
 from .codegen.graph_module import Constants
 from .compare_lengths import compare_lengths
 from .compare_runs import Runs
-from .errors import NonLocalError, Refusal, RefusedError, module_path
+from .errors import NonLocalError, Refusal, RefusedError, module_path, user_frame
 from .fold_positions import fold_positions
 from .layout import TIME
 from .loops import Loop
@@ -190,7 +190,7 @@ def compile_plan(
     runs = Runs(model, captured, clock, example, loops)
     words = {_word(v) for v in values if v is not None}
     limit = runs.limit() if words & {"stream", "prefix"} else None
-    branch = _branch(captured, runs, values, alike, limit)
+    branch = _branch(captured, runs, facts, values, alike, limit)
     if branch is not None:  # every clip has the traced length
         _may_be_clips(leaves[0], branch, equivalence)
         facts = propagate_facts(graph, captured, clock, constants, context)
@@ -221,7 +221,12 @@ def _word(value: Value) -> str:
 
 
 def _branch(
-    captured: Capture, runs: Runs, values: list[Value | None], alike: bool | None, limit: tuple[int, str | None] | None
+    captured: Capture,
+    runs: Runs,
+    facts: Facts,
+    values: list[Value | None],
+    alike: bool | None,
+    limit: tuple[int, str | None] | None,
 ) -> str | None:
     """A line at which the model does otherwise at lengths that a stream of it has, so that there is no such stream.
 
@@ -240,6 +245,29 @@ def _branch(
         for ticks in shorter:
             if not captured.assumed(ticks) and (line := runs.otherwise(ticks)) is not None:
                 return line
+        for ticks in (*shorter, *range(length, length + 9)) if captured.symbolic_time else ():
+            if (line := _in_steps(facts, captured, ticks)) is not None:
+                return line
+    return None
+
+
+def _in_steps(facts: Facts, captured: Capture, ticks: int) -> str | None:
+    """The user's line at which a size does not follow the length as it does at the sample points: it goes in steps."""
+    point = Point(captured.points[0].batch, ticks)
+    known: dict[Value, int] = {}
+
+    def length(value: Value) -> int:
+        if value not in known:
+            known[value] = value.length(*(map(length, value.length_sources) if value.length_sources else (ticks,)))
+        return known[value]
+
+    for node, fact in facts.of.items():
+        if isinstance(fact, Value):
+            traced = node.meta["val"].shape[fact.layout.time]
+            wanted = fact.layout.sizes(point.batch, length(fact))[fact.layout.time]
+            moves = isinstance(traced, torch.SymInt)
+            if moves and captured.sample(traced, point) != wanted and max(captured.sample(traced, point), wanted) > 0:
+                return user_frame(node)
     return None
 
 

@@ -12,22 +12,26 @@ from typing import Any
 import torch
 from torch import fx
 
-from .fold_positions import call_at, moves, sizes_of, take_place
+from .fold_positions import call_at, sizes_of, take_place
 
 aten = torch.ops.aten
 
 
 def unfold_spectra(graph: fx.Graph) -> None:
     """Rewrite a canonical graph so."""
+    fed: set[fx.Node] = set()  # what depends on the inputs
+    for node in graph.nodes:
+        if node.op == "placeholder" or any(n in fed for n in node.all_input_nodes):
+            fed.add(node)
     for node in list(graph.nodes):
         if node.op == "call_function" and node.target is aten.fft_irfft.default:
-            new = _convolution(graph, node)
+            new = _convolution(graph, node, fed)
             if new is not None:
                 take_place(node, new)
     graph.eliminate_dead_code()
 
 
-def _convolution(graph: fx.Graph, node: fx.Node) -> fx.Node | None:
+def _convolution(graph: fx.Graph, node: fx.Node, fed: set[fx.Node]) -> fx.Node | None:
     product = node.args[0]
     if not isinstance(product, fx.Node) or product.target is not aten.mul.Tensor:
         return None
@@ -38,12 +42,14 @@ def _convolution(graph: fx.Graph, node: fx.Node) -> fx.Node | None:
     if any(_lengths(s) != lengths for s in spectra):
         return None
     signal, kernel = (s.meta["samples"][0]["self"] for s in spectra)
-    if not moves(signal):
+    if not _grows(signal) and (_grows(kernel) or signal not in fed):
         signal, kernel = kernel, signal
+    if not _grows(signal) and (signal not in fed or kernel in fed):  # of a model that takes one length, all alike
+        return None
     before, taps = sizes_of(signal), sizes_of(kernel)
     size = taps[-1][0]
     left_over = {n - length - size + 1 for n, length in zip(lengths, before[-1], strict=True)}
-    if not moves(signal) or set(taps[-1]) != {size} or len(set(before[-1])) == 1 or len(left_over) > 1:
+    if set(taps[-1]) != {size} or len(left_over) > 1:
         return None
     rest = left_over.pop()
     filters = math.prod(t[0] for t in taps[:-1])
@@ -76,6 +82,11 @@ def _convolution(graph: fx.Graph, node: fx.Node) -> fx.Node | None:
     if result != [tuple(s) for s in node.meta["sizes"]]:
         return None
     return y if longer == result else make(aten.reshape.default, [((y, list(s)), {}) for s in result], result, signal)
+
+
+def _grows(node: fx.Node) -> bool:
+    """Whether the last dimension follows the clip's length."""
+    return len(set(sizes_of(node)[-1])) > 1
 
 
 def _lengths(node: fx.Node) -> tuple[int, ...] | None:

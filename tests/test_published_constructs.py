@@ -65,6 +65,26 @@ class FirstFrameKept(nn.Module):
         return y
 
 
+class ChunkMask(nn.Module):
+    """A query reads the chunk that it lies in and so many before it (streaming Conformers)."""
+
+    def __init__(self, chunk: int, before: int, causal: bool = False) -> None:
+        super().__init__()
+        self.attention, self.chunk, self.before, self.causal = (
+            nn.MultiheadAttention(4, 2, batch_first=True), chunk, before, causal,
+        )  # fmt: skip
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(batch, time, 4)"""
+        at = torch.arange(x.shape[1])
+        chunk = at // self.chunk
+        mask = (chunk[None] > chunk[:, None]) | (chunk[None] < chunk[:, None] - self.before)
+        if self.causal:
+            mask = mask | (at[None] > at[:, None])
+        y: Tensor = self.attention(x, x, x, attn_mask=mask, need_weights=False)[0]
+        return y
+
+
 class EveryOther(nn.Module):
     """Frames at indices that are positions: a slice."""
 
@@ -113,7 +133,108 @@ class FilterBank(nn.Module):
         return self.filtered(x, self.each)[..., 2:-2] + self.filtered(x, self.one[None, None])[..., : x.shape[-1]]
 
 
+class Asserted(nn.Module):
+    """Conditions on the data that do nothing but raise: tracing takes them for granted (demucs)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv1d(3, 3, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(batch, channels, time)"""
+        padded = nn.functional.pad(x, (2, 2))
+        assert (padded[..., 2:-2] == x).all(), f"{x.shape} was padded wrongly"
+        if torch.isnan(x).any() or not x.abs().max() < 1e9:
+            raise ValueError("not a number")
+        y: Tensor = self.conv(padded)
+        return y
+
+
+class Alibi(nn.Module):
+    """A bias that grows with the distance, given for each key alone, repeated for the batch and added by the product of
+    queries and keys (Bloom)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv, self.slopes = nn.Linear(4, 12), nn.Buffer(torch.tensor([0.5, 0.25]))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(batch, time, 4)"""
+        batch, time, _ = x.shape
+        at = torch.ones(1, time, dtype=torch.long).cumsum(-1) - 1
+        bias = (self.slopes[None, :, None] * at[:, None]).repeat(batch, 1, 1).reshape(2 * batch, 1, time)
+        q, k, v = self.qkv(x).view(batch, time, 2, 6).transpose(1, 2).reshape(2 * batch, time, 6).chunk(3, -1)
+        scores = bias.baddbmm(q, k.transpose(1, 2), beta=1.0, alpha=0.7)
+        scores = scores.masked_fill(torch.ones(time, time, dtype=torch.bool).triu(1), -torch.inf)
+        return (scores.softmax(-1) @ v).view(batch, 2, time, 2).transpose(1, 2).reshape(batch, time, 4)
+
+
+class Packed(nn.Module):
+    """Ops that do nothing: one tensor joined, no padding, nothing repeated (einops.pack, local-attention)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(batch, channels, time)"""
+        y = torch.cat([x.reshape(-1, x.shape[-1])], 0).view(x.shape)
+        z: Tensor = nn.functional.pad(y, (0, 0)).repeat(1, 1, 1)
+        return z + x
+
+
+class PositionTable(nn.Module):
+    """A table at positions that were counted, all streams of the batch in one dimension (Speech2Text); and what is made
+    of positions, of the same type as a tensor of another length (rotary embeddings)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rates = nn.Buffer(torch.rand(3))
+        self.table = nn.Buffer(torch.randn(1000, 3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(batch, time, 3)"""
+        there = x[..., 0].isnan().logical_not().int()
+        at = (torch.cumsum(there, 1).type_as(there) * there).long()
+        turned = torch.einsum("i,j->ij", torch.arange(x.shape[1]).type_as(self.rates), self.rates).sin()
+        return x * turned + self.table.index_select(0, at.view(-1)).view(x.shape[0], x.shape[1], -1)
+
+
+class NearestCode(nn.Module):
+    """The nearest of several codes for each frame, batch and time in one dimension (Mimi, Encodec)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.codes = nn.Buffer(torch.randn(7, 3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(batch, time, 3)"""
+        far = torch.cdist(x.reshape(1, -1, 3), self.codes[None], p=2)[0]
+        return self.codes[far.argmin(-1)].view(x.shape) + torch.cdist(x, self.codes)[..., :3]
+
+
+class MadeInForward(nn.Module):
+    """Activations that are modules made anew in each call, in a loop over frames (Mamba)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.decay = nn.Parameter(torch.rand(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(batch, time, 3)"""
+        frames, total = [], torch.zeros_like(x[:, 0])
+        for t in range(x.shape[1]):
+            total = self.decay * total + x[:, t]
+            frames.append(total)
+        y: Tensor = nn.SiLU()(torch.stack(frames, 1))
+        return y
+
+
 CASES = {
+    "chunk_mask": (lambda: ChunkMask(4, 2), (2, 9, 4), 1, {"lag": 3}),
+    "chunk_mask_of_the_past": (lambda: ChunkMask(100, 0, causal=True), (2, 9, 4), 1, {"length": 240}),
+    "assertions_on_data": (Asserted, (2, 3, 9), 2, {}),
+    "bias_in_a_product": (Alibi, (2, 9, 4), 1, {"unbounded": True}),
+    "ops_that_do_nothing": (Packed, (2, 3, 9), 2, {}),
+    "table_at_counted_positions": (PositionTable, (2, 9, 3), 1, {"unbounded": True}),
+    "nearest_code": (NearestCode, (2, 9, 3), 1, {}),
+    "modules_made_in_forward": (MadeInForward, (2, 9, 3), 1, {"unbounded": True}),
     "packed_mask": (PackedMask, (2, 9, 4), 1, {"unbounded": True}),
     "packed_mask_in_a_window": (lambda: PackedMask(4), (2, 9, 4), 1, {}),
     "mask_from_an_offset": (OffsetMask, (2, 9, 4), 1, {}),
@@ -133,3 +254,27 @@ def test_streams(name: str) -> None:
     step = cofx.compile(model, x, time_dim=time_dim)
     assert step.equivalence == "stream"
     check_contract(model, x, step=step, name=name, time_dim=time_dim, exact=False, **fields)
+
+
+class OneLength(nn.Module):
+    """Filters by Fourier transforms in a model that takes clips of one length alone (braindecode's filter banks)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.filter, self.head = nn.Parameter(torch.randn(5)), nn.Linear(3 * 12, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(batch, 3, 12)"""
+        n = x.shape[-1] + 4
+        spectrum = torch.fft.rfft(x, n=n) * torch.fft.rfft(self.filter[None, None], n=n)
+        y: Tensor = self.head(torch.fft.irfft(spectrum, n=n)[..., 2:-2].flatten(1))
+        return y
+
+
+def test_filters_of_a_model_that_takes_one_length_stream_up_to_what_needs_the_clip() -> None:
+    torch.manual_seed(0)
+    model, x = OneLength().eval(), torch.randn(2, 3, 12)
+    step = cofx.compile(model, x)
+    assert step.equivalence == "first-clip"
+    assert not any("Fourier" in line for line in step.report().recomputed)
+    assert step.verify(x).exact

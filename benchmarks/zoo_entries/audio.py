@@ -119,8 +119,8 @@ add(
 )
 add("asteroid/DCCRNet", lambda: asteroid("DCCRNet")("mini", stft_n_filters=32, stft_kernel_size=32, stft_stride=8,
     n_freqs=17), (1, 320), time=1)  # fmt: skip
-add("asteroid/DCUNet", lambda: asteroid("DCUNet")("mini", stft_n_filters=64, stft_kernel_size=64, stft_stride=16),
-    (1, 640), time=1)  # fmt: skip
+add("asteroid/DCUNet", lambda: asteroid("DCUNet")("mini", stft_n_filters=64, stft_kernel_size=64, stft_stride=16,
+    fix_length_mode="pad"), (1, 640), time=1)  # fmt: skip
 add(
     "asteroid/DeMask",
     lambda: asteroid("DeMask")(hidden_dims=(16,), n_filters=32, stride=16, kernel_size=32),
@@ -148,8 +148,10 @@ add(
 )
 add(
     "asteroid/FasNetTAC",
-    lambda: asteroid("FasNetTAC")(2, 8, 8, 8, 1, window_ms=1, context_ms=4, chunk_size=4, hop_size=2, tac_hidden_dim=8),
-    (1, 2, 320),
+    lambda: asteroid("FasNetTAC")(
+        2, 8, 8, 8, 1, window_ms=2, context_ms=4, sample_rate=2000, chunk_size=4, hop_size=2, tac_hidden_dim=8
+    ),
+    (1, 2, 64),
 )
 
 # denoiser and demucs
@@ -186,9 +188,9 @@ add("demucs/HDemucs", lambda: load("demucs.hdemucs", "HDemucs")(["a", "b"], 1, 4
 add(
     "demucs/HTDemucs",
     lambda: load("demucs.htdemucs", "HTDemucs")(
-        ["a"], 1, 4, nfft=256, depth=2, t_layers=2, t_heads=2, use_train_segment=False, samplerate=800, segment=1
+        ["a"], 1, 8, nfft=64, depth=2, t_layers=2, t_heads=2, use_train_segment=False, samplerate=800, segment=1
     ),
-    (1, 1, 1024),
+    (1, 1, 512),
 )
 
 # codecs
@@ -437,16 +439,16 @@ add("speechbrain/Cnn14", lambda: speechbrain("Cnn14", "Cnn14")(64, 8), (1, 64, 6
 
 @entry("speechbrain/MetricGAN", (1, 16, 257), time=1, positive=True)
 def _() -> nn.Module:
-    model = speechbrain("MetricGAN", "EnhancementGenerator")(257, 8, 1)
-    return Call(model, lambda m, x: m(x, torch.ones(x.shape[0])))
+    model = speechbrain("MetricGAN", "EnhancementGenerator")(257, 200, 1)
+    return Call(model, lambda m, x: m(x, None))
 
 
 @entry("speechbrain/resepformer", (1, 8, 40))
 def _() -> nn.Module:
     return speechbrain("resepformer", "ResourceEfficientSeparator")(
         8, True, 2, layer=2, unit=8, segment_size=4,
-        seg_model=speechbrain("resepformer", "SBRNNBlock")(8, 8, 1, 8, rnn_type="LSTM", bidirectional=True),
-        mem_model=speechbrain("resepformer", "SBRNNBlock")(8, 8, 1, 8, rnn_type="LSTM", bidirectional=False),
+        seg_model=speechbrain("resepformer", "SegLSTM")(8, 8, bidirectional=False, norm_type="cLN"),
+        mem_model=speechbrain("resepformer", "MemLSTM")(8, bidirectional=False, norm_type="cln"),
     )  # fmt: skip
 
 

@@ -16,24 +16,25 @@ EEG = [
     "EEGConformer", "EEGITNet", "EEGInceptionERP", "EEGInceptionMI", "EEGMiner", "EEGNeX", "EEGNet", "EEGSimpleConv",
     "EEGTCNet", "FBCNet", "FBLightConvNet", "FBMSNet", "HybridNet", "IFNet", "SCCNet", "SPARCNet", "ShallowFBCSPNet",
     "SincShallowNet", "SyncNet", "TCFormer", "TIDNet", "TSception", "USleep", "MEDFormer", "MSVTNet",
-    "SleepStagerChambon2018", "DGCNN", "NeuroPose",
+    "SleepStagerChambon2018", "NeuroPose",
 ]  # fmt: skip
 LENGTHS = {"AttnSleep": (3000, 100), "DeepSleepNet": (3000, 100), "USleep": (3000, 100), "BIOT": (600, 200),
-           "SPARCNet": (512, 128), "SleepStagerChambon2018": (3000, 100), "TIDNet": (512, 128)}  # fmt: skip
+           "SPARCNet": (512, 128), "HybridNet": (1000, 128), "SleepStagerChambon2018": (3000, 100),
+           "TIDNet": (512, 128)}  # fmt: skip
+
+CHANNELS = {"AttnSleep": 1, "DeepSleepNet": 1, "NeuroPose": 16}
 
 
 def _eeg(name: str, times: int, rate: int) -> nn.Module:
-    few = 1 if name in ("AttnSleep", "DeepSleepNet") else 4
     model: nn.Module = load("braindecode.models", name)(
-        n_chans=few, n_outputs=3, n_times=times, sfreq=rate, input_window_seconds=times / rate
+        n_chans=CHANNELS.get(name, 4), n_outputs=3, n_times=times, sfreq=rate, input_window_seconds=times / rate
     )
     return model
 
 
 for _name in EEG:
     _times, _rate = LENGTHS.get(_name, (512, 128))
-    _chans = 1 if _name in ("AttnSleep", "DeepSleepNet") else 4
-    add(f"braindecode/{_name}", lambda n=_name, t=_times, r=_rate: _eeg(n, t, r), (1, _chans, _times))
+    add(f"braindecode/{_name}", lambda n=_name, t=_times, r=_rate: _eeg(n, t, r), (1, CHANNELS.get(_name, 4), _times))
 
 
 @entry("braindecode/TCN", (1, 4, 64))
@@ -45,14 +46,14 @@ def _() -> nn.Module:
 @entry("braindecode/Deep4Net_dense", (1, 4, 700))
 def _() -> nn.Module:
     model = load("braindecode.models", "Deep4Net")(n_chans=4, n_outputs=3, n_times=700, final_conv_length=1)
-    load("braindecode.models.util", "to_dense_prediction_model")(model)
+    model.to_dense_prediction_model()
     return model
 
 
 @entry("braindecode/ShallowFBCSPNet_dense", (1, 4, 200))
 def _() -> nn.Module:
     model = load("braindecode.models", "ShallowFBCSPNet")(n_chans=4, n_outputs=3, n_times=200, final_conv_length=1)
-    load("braindecode.models.util", "to_dense_prediction_model")(model)
+    model.to_dense_prediction_model()
     return model
 
 
@@ -89,8 +90,8 @@ add("tsai/TSPerceiver", lambda: tsai("TSPerceiver", "TSPerceiver")(3, 4, 24, n_l
 add("tsai/TSSequencerPlus", lambda: tsai("TSSequencerPlus", "TSSequencerPlus")(3, 4, 24, 8, 2), (1, 3, 24))
 add("tsai/TransformerModel", lambda: tsai("TransformerModel", "TransformerModel")(3, 4, 8, 2, 16, n_layers=2),
     (1, 3, 24))  # fmt: skip
-add("tsai/LSTMAttention", lambda: tsai("RNNAttention", "LSTMAttention")(3, 4, 24, 8, n_heads=2, encoder_layers=1,
-    d_head=4), (1, 3, 24))  # fmt: skip
+add("tsai/LSTMAttention", lambda: tsai("RNNAttention", "LSTMAttention")(3, 4, 24, 8, n_heads=2, encoder_layers=1),
+    (1, 3, 24))  # fmt: skip
 add("tsai/ConvTranPlus", lambda: tsai("ConvTranPlus", "ConvTranPlus")(3, 4, 24, d_model=8, n_heads=2, dim_ff=16),
     (1, 3, 24))  # fmt: skip
 add("tsai/xresnet1d18", lambda: tsai("XResNet1d", "xresnet1d18")(3, 4), (1, 3, 64))
@@ -108,7 +109,7 @@ add("pytorch_tcn/TCN", lambda: _tcn(), (1, 3, 24))
 add("pytorch_tcn/TCN_noncausal", lambda: _tcn(causal=False), (1, 3, 24))
 add("pytorch_tcn/TCN_batch_norm_skip", lambda: _tcn(use_norm="batch_norm", use_skip_connections=True), (1, 3, 24))
 add("pytorch_tcn/TCN_layer_norm_gate", lambda: _tcn(use_norm="layer_norm", use_gate=True), (1, 3, 24))
-add("pytorch_tcn/TCN_lookahead", lambda: _tcn(lookahead=2, output_projection=2), (1, 3, 24))
+add("pytorch_tcn/TCN_projection", lambda: _tcn(output_projection=2), (1, 3, 24))
 add("pytorch_tcn/TCN_NLC", lambda: _tcn(input_shape="NLC"), (1, 24, 3), time=1)
 add("pytorch_tcn/TemporalConvTranspose1d", lambda: load("pytorch_tcn", "TemporalConvTranspose1d")(3, 4, 4, 2),
     (1, 3, 24))  # fmt: skip
@@ -126,12 +127,6 @@ def _mamba(pscan: bool, module: str = "mamba", **options: Any) -> nn.Module:
 
 add("mambapy/Mamba_sequential", lambda: _mamba(False), (1, 12, 8), time=1)
 add("mambapy/Mamba_pscan", lambda: _mamba(True), (1, 16, 8), time=1)
-
-
-@entry("mambapy/Mamba2", (1, 16, 32), time=1)
-def _() -> nn.Module:
-    config = load("mambapy.mamba2", "Mamba2Config")(d_model=32, n_layers=1, d_head=16, chunk_size=4)
-    return Call(load("mambapy.mamba2", "Mamba2")(config), lambda m, x: m(x)[0])
 
 
 # x-transformers

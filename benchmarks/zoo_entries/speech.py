@@ -159,11 +159,11 @@ def _() -> nn.Module:
 
 @entry("transformers/Univnet", (1, 24, 8), time=1)
 def _() -> nn.Module:
-    model = of("UnivNetModel", "UnivNetConfig", model_in_channels=4, model_hidden_channels=4, num_mel_bins=8,
+    model = of("UnivNetModel", "UnivNetConfig", model_in_channels=8, model_hidden_channels=4, num_mel_bins=8,
                resblock_kernel_sizes=(3,), resblock_stride_sizes=(2,), resblock_dilation_sizes=((1, 3),),
                kernel_predictor_num_blocks=1, kernel_predictor_hidden_channels=8, kernel_predictor_conv_size=3,
                )  # fmt: skip
-    return Call(model, lambda m, x: m(x, torch.zeros(x.shape[0], x.shape[1], 4)).waveforms)
+    return Call(model, lambda m, x: m(x, torch.zeros(x.shape[0], x.shape[1], 8)).waveforms)
 
 
 @entry("transformers/SpeechT5HifiGan", (1, 16, 8), time=1)

@@ -18,7 +18,7 @@ def tv(name: str) -> Any:
 CLIP = (1, 3, 8, 32, 32)
 for _name in ("r3d_18", "mc3_18", "r2plus1d_18"):
     add(f"torchvision/{_name}", lambda n=_name: tv(n)(num_classes=5), CLIP)
-add("torchvision/s3d", lambda: tv("s3d")(num_classes=5), (1, 3, 16, 64, 64))
+add("torchvision/s3d", lambda: tv("s3d")(num_classes=5), (1, 3, 16, 224, 224))
 add("torchvision/s3d_features", lambda: tv("s3d")(num_classes=5).features, (1, 3, 16, 32, 32))
 
 
@@ -103,7 +103,7 @@ def _() -> nn.Module:
 
 @entry("pytorchvideo/r2plus1d", (1, 3, 8, 32, 32))
 def _() -> nn.Module:
-    return ptv("r2plus1d", "create_r2plus1d")(model_num_class=5, stem_dim_out=8, stage_depths=(1, 1, 1, 1),
+    return ptv("r2plus1d", "create_r2plus1d")(model_num_class=5, stem_dim_out=8,
                                               head_pool_kernel_size=(1, 1, 1))  # fmt: skip
 
 
@@ -115,17 +115,16 @@ def _() -> nn.Module:
 
 @entry("pytorchvideo/slowfast", (1, 3, 2, 32, 32), (1, 3, 8, 32, 32))
 def _() -> nn.Module:
-    model = ptv("slowfast", "create_slowfast")(model_num_class=5, slowfast_channel_reduction_ratio=(8,),
+    model = ptv("slowfast", "create_slowfast")(model_num_class=5, slowfast_channel_reduction_ratio=(4,),
         slowfast_fusion_conv_stride=(4, 1, 1), model_depth=50, stem_dim_outs=(8, 2),
         head_pool_kernel_sizes=((2, 1, 1), (8, 1, 1)))  # fmt: skip
     return Call(model, lambda m, slow, fast: m([slow, fast]))
 
 
-@entry("pytorchvideo/acoustic_resnet", (1, 1, 64, 16))
+@entry("pytorchvideo/acoustic_resnet", (1, 1, 64, 1, 32))
 def _() -> nn.Module:
-    return ptv("audio_visual_slowfast", "create_acoustic_resnet") if False else load(
-        "pytorchvideo.models.resnet", "create_acoustic_resnet")(model_num_class=5, stem_dim_out=8,
-        head_pool_kernel_size=(2, 1, 1))  # fmt: skip
+    return ptv("resnet", "create_acoustic_resnet")(model_num_class=5, stem_dim_out=8,
+        head_pool_kernel_size=(8, 1, 2))  # fmt: skip
 
 
 @entry("pytorchvideo/mvit", (1, 3, 4, 32, 32))
@@ -143,13 +142,13 @@ def _() -> nn.Module:
 
 @entry("vit_pytorch/ViViT", (1, 3, 8, 32, 32))
 def _() -> nn.Module:
-    return load("vit_pytorch.vivit", "ViT")(image_size=32, image_patch_size=16, frames=8, frame_patch_size=2,
+    return load("vit_pytorch.vivit", "ViViT")(image_size=32, image_patch_size=16, frames=8, frame_patch_size=2,
         num_classes=5, dim=16, spatial_depth=1, temporal_depth=1, heads=2, mlp_dim=16, dim_head=8)  # fmt: skip
 
 
 @entry("vit_pytorch/ViViT_factorized", (1, 3, 8, 32, 32))
 def _() -> nn.Module:
-    return load("vit_pytorch.vivit", "ViT")(image_size=32, image_patch_size=16, frames=8, frame_patch_size=2,
+    return load("vit_pytorch.vivit", "ViViT")(image_size=32, image_patch_size=16, frames=8, frame_patch_size=2,
         num_classes=5, dim=16, spatial_depth=1, temporal_depth=1, heads=2, mlp_dim=16, dim_head=8,
         variant="factorized_self_attention")  # fmt: skip
 

@@ -156,7 +156,7 @@ def _convert(
     batched = [i.batch is not None for i in program.inputs] + [True] * (len(arguments) - len(program.inputs))
     dims = [{0: torch.export.Dim("batch", min=1)} if b and dynamic_batch else {} for b in batched]
     step = _Step(program, controls).eval()
-    with torch.no_grad(), _quiet():
+    with torch.no_grad(), quiet():
         try:
             exported = torch.export.export(step, tuple(arguments), dynamic_shapes=(tuple(dims),), strict=False)
             if table := decompositions(exported.graph):
@@ -170,7 +170,7 @@ def _convert(
                 verbose=False,
             )
         except torch.onnx.errors.OnnxExporterError as error:
-            raise OnnxError(_blame(plan, error)) from error
+            raise blame(plan, error) from error
     assert converted is not None
     model = converted.model_proto
     _rename(model.graph, _final_names(model.graph))
@@ -224,19 +224,17 @@ def _example(shape: Sequence[int], batch: int | None, dtype: torch.dtype, lanes:
     return torch.zeros(sizes, dtype=dtype, device=device)
 
 
-def _blame(plan: Plan, error: BaseException) -> str:
-    """The ops that have no ONNX form, from what the exporter says, and the user's lines that call them."""
+def blame(plan: Plan, error: BaseException) -> OnnxError:
+    """An error that names the ops that have no ONNX form, from what the exporter says, and the user's lines."""
     chain, said = error, []
     while chain is not None:
         said.append(str(chain))
         chain = chain.__cause__ or chain.__context__  # type: ignore[assignment]
-    ops = sorted(
-        {op.replace(":", ".").replace("..", ".") for op in re.findall(r"(?:aten|prims)[.:]+\w+", " ".join(said))}
-    )
+    ops = sorted({f"{space}.{op}" for space, op in re.findall(r"(aten|prims)[.:]+(\w+)", " ".join(said))})
     text = ", ".join(ops) if ops else said[-1].strip().splitlines()[0]
     calls = [n for n in plan.graph.nodes if n.op == "call_function"]
     lines = {user_frame(n): None for n in calls if _made_of(n) & set(ops)}
-    return "\n    at      ".join([f"the step program has no ONNX form: {text}", *filter(None, lines)])
+    return OnnxError("\n    at      ".join([f"the step program has no ONNX form: {text}", *filter(None, lines)]))
 
 
 def _made_of(node: fx.Node) -> set[str]:
@@ -369,7 +367,7 @@ def _save(onnx: Any, model: Any, path: str) -> None:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """What the exporter tells of its work is not the caller's business."""
     loggers = [logging.getLogger(n) for n in ("torch.onnx", "onnxscript", "torch.export")]
     levels = [logger.level for logger in loggers]

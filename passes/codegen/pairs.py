@@ -216,6 +216,7 @@ class Reach:
 
 
 FAR, ROWS, AHEAD = 4096, 64, 128
+PERIOD = 1024  # frames over which masks are followed that may have a period
 
 
 def find_reach(evaluator: Evaluator, weights: Value, scores: bool = False) -> Reach:
@@ -228,14 +229,23 @@ def find_reach(evaluator: Evaluator, weights: Value, scores: bool = False) -> Re
     """
     parts = _parts(weights)
     limit = min((op.limit for v in parts for op in _tables(v) if op.limit is not None), default=None)
+    still = [v for v in parts if not streams_of(v)]
+    periodic = any(op.limit is not None or _packet(op) not in _WITHOUT_PERIOD for v in still for op in _tables(v))
     blocks = [(range(0, 2 * ROWS), 2 * ROWS + AHEAD), (range(FAR, FAR + ROWS), FAR + ROWS + AHEAD)]
+    start = FAR + ROWS
     if limit is not None and limit < FAR + ROWS + AHEAD:
-        blocks = [(range(0, limit), limit)] if limit <= 1024 else [
+        blocks = [(range(0, limit), limit)] if limit <= PERIOD else [
             (range(0, 2 * ROWS), 2 * ROWS + AHEAD), (range(limit - 2 * ROWS, limit), limit)]  # fmt: skip
+        start = max(0, limit - 2 * ROWS - PERIOD)
+    if periodic and (limit is None or limit > PERIOD):
+        blocks += [(range(at - 1, at + ROWS), at + ROWS + AHEAD) for at in range(start, start + PERIOD, ROWS)]
+    alike = {v for v in still if _by_distance(evaluator, v, limit)}
     back = ahead = 0
     unbounded = False
     for rows, stop in blocks:
-        found = _weighed(evaluator, weights, rows, range(stop), scores)
+        scope = Scope(rows, range(stop if limit is None else min(stop, limit)))
+        stop = scope.columns.stop
+        found = _weighed(evaluator, weights, scope, scores)
         if not bool(found.any(1).all()):
             raise NonLocal("a query reads no key at all")
         at = torch.arange(rows.start, rows.stop)
@@ -243,21 +253,46 @@ def find_reach(evaluator: Evaluator, weights: Value, scores: bool = False) -> Re
         last = stop - 1 - found.flip(1).int().argmax(1).cpu()
         ahead = max(ahead, int((last - at).max()))
         back = max(back, int((at - first).max()))
-        unbounded = unbounded or int((at - first).max()) > rows.stop - ROWS
+        if rows.start or stop == limit:  # of the first rows all that came before is near
+            unbounded = unbounded or int((at - first).max()) > rows.stop - ROWS
         if ahead >= AHEAD // 2 or (stop == limit and rows.start == 0 and bool((last == stop - 1).all()) and stop > 1):
             raise NonLocal("attention over the whole clip")
-    alike = frozenset(v for v in parts if not streams_of(v) and _by_distance(evaluator, v, limit))
-    return Reach(None if unbounded else back, ahead, alike, limit)
+        if periodic:
+            alike = {v for v in alike if _along_diagonals(evaluate(evaluator, v, scope), v)}
+    if len(alike) < len(still) and periodic and back >= PERIOD:
+        unbounded = True  # its period may be longer than what was looked at
+    return Reach(None if unbounded else back, ahead, frozenset(alike), limit)
 
 
-def _weighed(evaluator: Evaluator, weights: Value, rows: range, columns: range, scores: bool) -> torch.Tensor:
+# ops by which what is made of positions has no period: whatever is seen of a few frames is so for all
+_WITHOUT_PERIOD = {
+    "arange", "full", "add", "sub", "rsub", "neg", "abs", "mul", "le", "lt", "ge", "gt", "eq", "ne", "bitwise_and",
+    "bitwise_or", "bitwise_not", "logical_and", "logical_or", "logical_not", "where", "masked_fill", "tril", "triu",
+    "reshape", "unsqueeze", "squeeze", "expand", "permute", "transpose", "view", "slice", "to", "_to_copy", "clone",
+    "clamp", "clamp_min", "clamp_max", "minimum", "maximum",
+}  # fmt: skip
+
+
+def _packet(op: Op) -> str:
+    target = op.node.target if op.node is not None else None
+    return str(getattr(target, "overloadpacket", target)).rpartition(".")[2]
+
+
+def _along_diagonals(found: torch.Tensor, value: Value) -> bool:
+    """Whether entries of frames at the same distance are the same."""
+    entries = found.movedim((value.layout.time, value.layout.key), (-2, -1))
+    return bool(torch.equal(entries[..., 1:, 1:], entries[..., :-1, :-1]))
+
+
+def _weighed(evaluator: Evaluator, weights: Value, scope: Scope, scores: bool) -> torch.Tensor:
     """Which entries can have weight: bool, rows x columns."""
-    found = evaluate(evaluator, weights, Scope(rows, columns))
+    found = evaluate(evaluator, weights, scope)
     if found.dtype != torch.bool:
         found = ~(found <= MASKED) if scores else found != 0
     layout = weights.layout
     last: torch.Tensor = found.movedim((layout.time, layout.key), (-2, -1))
-    return last.expand(*last.shape[:-2], len(rows), len(columns)).reshape(-1, len(rows), len(columns)).any(0)
+    rows, columns = len(scope.rows), len(scope.columns)
+    return last.expand(*last.shape[:-2], rows, columns).reshape(-1, rows, columns).any(0)
 
 
 def _parts(value: Value) -> set[Value]:

@@ -9,6 +9,7 @@ from torch import nn
 
 from ..layout import TIME, Layout, from_sizes
 from ..registry import Call, Fact, Sample, overloads, rule
+from .shape import along_time
 
 aten = torch.ops.aten
 
@@ -40,8 +41,8 @@ def full(call: Call) -> Fact:
     along = [i for i, s in enumerate(sizes) if not _static(s, call.graph.batch)]
     call.require(len(along) == 1, "a tensor with two time axes")
     axis = along[0]
-    like, length = call.length_like(sizes[axis])
-    dims = [(TIME,) if i == axis else from_sizes([s], call.graph.batch)[0] for i, s in enumerate(sizes)]
+    like, length, place = along_time(call, sizes[axis])
+    dims = [place if i == axis else from_sizes([s], call.graph.batch)[0] for i, s in enumerate(sizes)]
     layout = Layout(tuple(dims))
     number = call.arg("fill_value")
     dtype = call.dtype()

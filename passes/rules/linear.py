@@ -74,6 +74,22 @@ def product(call: Call, left: str, right: str) -> Fact:
     return call.framewise(layout)
 
 
+@rule(*overloads("_euclidean_dist.default cdist.default _cdist_forward.default"))
+def distances(call: Call) -> Fact:
+    """The distance of every row of one matrix to every row of another, perhaps batched."""
+    sides = [call.samples[0]["x1"], call.samples[0]["x2"]]
+    values = [call.facts[s] if isinstance(call.facts[s], Value) else None for s in sides]
+    a, b = (v.layout if v else call.static_layout(s) for v, s in zip(values, sides, strict=True))
+    for v in values:
+        call.require(v is None or v.layout.time != len(v.layout) - 1, "distances that sum over the time axis")
+    rank = max(len(a), len(b)) - 2
+    wide = [((),) * (rank + 2 - len(lay)) + lay.dims[:-2] for lay in (a, b)]
+    layout = Layout((*(x or y for x, y in zip(*wide, strict=True)), a[len(a) - 2], b[len(b) - 2]))
+    call.require(len(layout.time_dims) == 1, "a distance of every frame to every frame")
+    call.require(all(not (x and y and x != y) for x, y in zip(*wide, strict=True)), "time is folded differently")
+    return call.framewise(layout)
+
+
 def spelled_out(equation: str, ranks: list[int]) -> tuple[list[str], str]:
     """The terms and the result of an einsum, a letter for each dimension: ``...`` and a missing result made explicit.
 

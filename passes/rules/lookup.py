@@ -26,6 +26,18 @@ def embedding(call: Call) -> Fact:
     )  # fmt: skip
 
 
+def index_table(call: Call) -> Fact:
+    """``table.index_select(dim, indices)``: the same along any dimension."""
+    table, node = call.samples[0]["self"], call.samples[0]["index"]
+    at = call.stream("index")
+    layout = call.static_layout(table)
+    axis = call.arg("dim") % len(layout)
+    return call.emit(
+        layout.replace(axis, at.layout[0]), [read(at)], length_of=[at],
+        lower=_within(table, {node: axis}), masked_until=int(at.indexed),
+    )  # fmt: skip
+
+
 @rule(aten.index.Tensor)
 def index(call: Call) -> Fact:
     """``x[:, indices]``: a table at indices that are frames, or fixed entries of a dimension that is not time."""

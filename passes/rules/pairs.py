@@ -279,7 +279,6 @@ def matmul(call: Call) -> Fact:
     added = None
     if "batch1" in args:
         added = args["self"]
-        call.require(not isinstance(call.fact(added), Value), "what is added depends on time")
     return product(call, nodes, terms, result, dims, added)
 
 
@@ -319,7 +318,7 @@ def product(
         call.require(row not in terms[1] and column not in terms[0], "frames lie along features")
         same_clock(call, [left, right])
         layout = Layout(tuple((TIME,) if x == row else (KEY,) if x == column else dims[x] for x in result))
-        operands, all_nodes = [left, right], list(nodes)
+        operands, all_nodes, columns = [left, right], list(nodes), [1]
         if isinstance(call.fact(added), Pair):
             mask = call.facts[added].value
             at = len(layout) - len(mask.layout)
@@ -328,10 +327,17 @@ def product(
             )
             same_clock(call, [left, mask])
             operands, all_nodes = [*operands, mask], [*all_nodes, added]
+        elif isinstance(call.fact(added), Value):
+            one = call.ungroup(call.facts[added])
+            at = len(layout) - len(one.layout) + one.layout.time
+            call.require(at in (layout.time, layout.key), "what is added lies along features")
+            same_clock(call, [left, one])
+            columns += [2] if at == layout.key else []
+            operands, all_nodes = [*operands, one], [*all_nodes, added]
         elif added is not None:
             shape = added.meta["val"].shape
             call.require(all(s == 1 for s in shape[-2:]), "what is added lies along time")
-        return make(call, layout, operands, columns=[1], nodes=all_nodes, rows=left)
+        return make(call, layout, operands, columns=columns, nodes=all_nodes, rows=left)
     call.require(added is None, "weights are multiplied and added to")
     paired = [i for i, f in enumerate(facts) if isinstance(f, Pair)]
     call.require(len(paired) == 1 and values[1 - paired[0]] is not None, "pairs are multiplied with each other")

@@ -12,7 +12,7 @@ from torch import fx, nn
 
 from ..layout import TIME, Layout, dim
 from ..registry import Call, Fact, Sample, Static, Tail, rule
-from ..stream_graph import Carry, Window, read
+from ..stream_graph import Carry, Value, Window, read
 
 aten = torch.ops.aten
 
@@ -21,6 +21,8 @@ aten = torch.ops.aten
 def recurrent(call: Call) -> Fact:
     """RNN, LSTM, GRU; stacked, projected, time first or second."""
     args = call.samples[0]
+    if (beside := _beside_frames(call)) is not None:
+        return beside
     call.require(not args["bidirectional"], "a bidirectional layer reads the clip from its end")
     x = call.stream("input", clean=True)
     lstm = call.node.target is aten.lstm.input
@@ -71,6 +73,21 @@ def recurrent(call: Call) -> Fact:
     )
     reason = "the final state of a recurrent layer is read"
     return (values[0], *(Tail(reason, of=v, first=1, count=1, squeeze=True) for v in values[1:]))
+
+
+def _beside_frames(call: Call) -> Fact | None:
+    """The layer run along something else than time, for each frame by itself: time lies in its batch."""
+    args = call.samples[0]
+    x, batch = call.stream("input"), 0 if args["batch_first"] else 1
+    if len(x.layout) != 3 or x.layout.time != batch:
+        return None
+    initial = list(args["hx"]) if call.node.target is aten.lstm.input else [args["hx"]]
+    call.require(all(isinstance(call.fact(n), Static) for n in args["params"]), "its weights depend on time")
+    states = [call.facts[n] for n in initial]
+    folded = [isinstance(s, Value) and s.layout[1] == x.layout[batch] for s in states]
+    call.require(all(folded), "its initial state does not lie along time as its input does")
+    outputs = x.layout.replace(-1, dim(call.node.meta["val"][0].shape[-1]))
+    return call.framewise([outputs, *(s.layout for s in states)])
 
 
 class _Lstm(nn.Module):

@@ -166,6 +166,11 @@ def _folded(call: Call, wanted: Sizes) -> tuple[Value, Length, Dim] | None:
     return None
 
 
+def along_time(call: Call, wanted: Sizes) -> tuple[Value, Length, Dim]:
+    """A value whose length these sizes follow, how they do, and the dimension that has them: time, perhaps folded."""
+    return _folded(call, wanted) or (*call.length_like(wanted), (TIME,))
+
+
 def _moving(call: Call, node: fx.Node) -> tuple[int, Value, Length, Dim]:
     """The dimension of the result, of size 1 before, that follows the clip's length, how it does, and its factors."""
     sizes, rank = call.out_sizes, len(node.meta["val"].shape)
@@ -176,7 +181,7 @@ def _moving(call: Call, node: fx.Node) -> tuple[int, Value, Length, Dim]:
     call.require(
         axis < len(sizes) - rank or node.meta["val"].shape[axis - len(sizes) + rank] == 1, "a second time axis"
     )
-    like, length, along = _folded(call, sizes[axis]) or (*call.length_like(sizes[axis]), (TIME,))
+    like, length, along = along_time(call, sizes[axis])
     return axis, like, length, along
 
 
@@ -214,12 +219,12 @@ def repeat(call: Call) -> Fact:
     x = call.maybe("self")
     if x is None:
         return _repeated_along_time(call)
-    times = call.arg("repeats", call.arg("dims"))
-    padded = [1] * (len(x.layout) - len(times)) + list(times)
+    times = list(zip(*call.sampled("repeats" if "repeats" in call.samples[0] else "dims"), strict=True))
+    padded = [_static(call, t) for t in ((1,) * len(times[0]),) * (len(x.layout) - len(times)) + tuple(times)]
     layout = Layout(((),) * (len(padded) - len(x.layout)) + x.layout.dims)
-    call.require(padded[layout.time] == 1, "the clip is repeated as a whole")
-    wide = Layout(tuple(dim(r, *d) if r != 1 else d for r, d in zip(padded, layout, strict=True)))
-    return call.framewise(wide)
+    call.require(not padded[layout.time], "the clip is repeated as a whole")
+    call.require(all(not r or BATCH not in d for r, d in zip(padded, layout, strict=True)), "lanes are repeated")
+    return call.framewise(Layout(tuple(dim(*r, *d) for r, d in zip(padded, layout, strict=True))))
 
 
 @rule(*overloads("repeat_interleave.self_int"), takes_edges=True)

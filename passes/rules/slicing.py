@@ -18,6 +18,7 @@ from ..registry import Call, Fact, Head, Sample, Tail, overloads, rule
 from ..schedule import Taps
 from ..stream_graph import Constant, Value, read
 from .join import beside
+from .lookup import index_table
 
 aten = torch.ops.aten
 
@@ -165,7 +166,9 @@ def diff(call: Call) -> Fact:
 
 @rule(*overloads("index_select.default"))
 def index_select(call: Call) -> Fact:
-    """Chosen entries of a dimension."""
+    """Chosen entries of a dimension; or those of a table that frames choose."""
+    if call.maybe("self") is None:
+        return index_table(call)
     x = call.stream("self")
     axis = call.arg("dim") % len(x.layout)
     call.require(axis != x.layout.time, "chosen frames of the clip are read")
