@@ -356,6 +356,29 @@ print(step.forward_steps(np.ones((2, 3, 8), np.float32), pad_end=True)["deep"].s
     assert done.stdout.strip() == "(2, 4, 4)"
 
 
+@pytest.mark.parametrize("kind", [nn.GRU, nn.LSTM, nn.RNN])
+def test_int8_weights_of_recurrent_layers(kind: type[nn.RNNBase], tmp_path, capsys) -> None:
+    class Memory(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.memory = kind(32, 96, 2, batch_first=True)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.memory(x.mT)[0].mT
+
+    torch.manual_seed(0)
+    model, x = Memory().eval(), torch.randn(1, 32, 20)
+    step = cofx.compile(model, x)
+    step.to_onnx(tmp_path / "full.onnx")
+    step.to_onnx(tmp_path / "int8.onnx", quantize="int8")
+    assert "int8: differs" in capsys.readouterr().out
+    ops = [n.op_type for n in onnx.load(tmp_path / "int8.onnx").graph.node]
+    assert ops.count("MatMulInteger") == 4 and kind.__name__ not in ops
+    got = torch.from_numpy(OnnxStep(tmp_path / "int8.onnx").forward_steps(x.numpy(), pad_end=True))
+    difference = (got - model(x)).abs().max()
+    assert 0 < difference < 0.05
+
+
 def test_int8_weights(tmp_path, capsys) -> None:
     """For one stream, with float states; the error is told."""
     torch.manual_seed(0)

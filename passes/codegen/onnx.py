@@ -90,6 +90,7 @@ def export_onnx(
     opset: int | None = None,
     controls: bool = True,
     capacity: int = 0,
+    plain: bool = False,
 ) -> None:
     """Write the step program of a plan to a file, checked by onnx; a failure leaves no file behind.
 
@@ -102,6 +103,7 @@ def export_onnx(
         opset: version of the operator set, 18 or later.
         controls: the graph takes start, ready and length.
         capacity: ticks of the longest stream, where all of a stream is kept.
+        plain: recurrent layers are written as products, step by step.
 
     Raises:
         OnnxError: an op has no ONNX form.
@@ -114,7 +116,7 @@ def export_onnx(
     device = next((t.device for t in plan.constants.tensors.values()), torch.device("cpu"))
     program = generate_exported(plan, ticks, device, controls, capacity)
     names = _names(plan, program, controls)
-    model = _convert(plan, program, names, controls, dynamic_batch, OPSET if opset is None else opset)
+    model = _convert(plan, program, names, controls, dynamic_batch, OPSET if opset is None else opset, plain)
     _describe(model, plan, program, names, about | {"limit": _limit(plan, schedule, capacity)}, controls)
     _save(onnx, model, os.fspath(path))
 
@@ -145,7 +147,7 @@ def _names(plan: Plan, program: LaneProgram, controls: bool) -> OnnxNames:
 
 
 def _convert(
-    plan: Plan, program: LaneProgram, names: OnnxNames, controls: bool, dynamic_batch: bool, opset: int
+    plan: Plan, program: LaneProgram, names: OnnxNames, controls: bool, dynamic_batch: bool, opset: int, plain: bool
 ) -> Any:
     """The program as an ONNX model."""
     lanes = 2 if dynamic_batch else 1
@@ -159,7 +161,7 @@ def _convert(
     with torch.no_grad(), quiet():
         try:
             exported = torch.export.export(step, tuple(arguments), dynamic_shapes=(tuple(dims),), strict=False)
-            if table := decompositions(exported.graph):
+            if table := decompositions(exported.graph, plain):
                 exported = exported.run_decompositions(table)
             converted = torch.onnx.export(
                 exported,
