@@ -705,7 +705,6 @@ class StepModule(nn.Module):
             OnnxError: an op has no ONNX form; the message names it. No file is left behind.
             InputError: `frames_per_step` is no multiple of the period.
         """
-        from .passes.codegen.onnx import OPSET, export_onnx
         from .quantize import KINDS, quantize_int8
 
         if quantize is not None:
@@ -714,7 +713,7 @@ class StepModule(nn.Module):
             folder = Path(path).absolute().parent
             with tempfile.TemporaryDirectory(dir=folder, prefix=".cofx-") as scratch:
                 full, small = Path(scratch, "full.onnx"), Path(scratch, "small.onnx")
-                self.to_onnx(full, frames_per_step, False, opset, controls, longest)
+                self._export(full, frames_per_step, False, opset, controls, longest, plain=True)
                 batches = self.compiled.plan.clock.batch_dims
                 one = [x if b is None else x.narrow(b, 0, 1) for x, b in zip(self._example, batches, strict=True)]
                 found = quantize_int8(full, small, [x.cpu().numpy() for x in one])
@@ -722,7 +721,16 @@ class StepModule(nn.Module):
             print(
                 f"int8: differs from full precision by {found['difference']:.3g} (outputs up to {found['largest']:.3g})"
             )
-            return
+        else:
+            self._export(path, frames_per_step, dynamic_batch, opset, controls, longest)
+
+    def _export(
+        self, path: str | os.PathLike[str], frames_per_step: int | None, dynamic_batch: bool, opset: int | None,
+        controls: bool, longest: int | None, plain: bool = False,
+    ) -> None:  # fmt: skip
+        """`to_onnx` in full precision; `plain`: recurrent layers as products, which can be quantised."""
+        from .passes.codegen.onnx import OPSET, export_onnx
+
         programs = self._programs()
         period = programs.schedule.period
         if frames_per_step is not None and (frames_per_step < 1 or frames_per_step % period):
@@ -738,6 +746,7 @@ class StepModule(nn.Module):
             opset=opset,
             controls=controls,
             capacity=programs.longest(longest),
+            plain=plain,
         )
 
     def report(self) -> Report:
