@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
+import io
 import json
 import os
 import pickle
 import sys
+import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -30,20 +34,19 @@ class Fit:
     unexpected: tuple[str, ...]
 
 
-def load_model(name: str, kwargs: Mapping[str, Any] | None = None) -> nn.Module:
+def load_model(name: str, kwargs: Mapping[str, Any] | None = None, trust_pickle: bool = False) -> nn.Module:
     """The module that ``package.module:factory`` makes, or that a .pt2 file (`torch.export.save`) holds; in eval mode.
 
+    Either is a program, which is run: name one that you trust.
+
     Raises:
-        InputError: there is no such thing, or it makes no nn.Module.
+        InputError: there is no such thing, or it makes no nn.Module; or a .pt2 holds pickles, without `trust_pickle`.
     """
     if name.endswith(".pt2"):
-        try:
-            with quiet():
-                return torch.export.load(name).module()
-        except Exception as error:
-            raise InputError(f"{name} cannot be read as an exported program: {_first(error)}") from error
+        return _exported(Path(name), trust_pickle)
     path, colon, attribute = name.partition(":")
-    if not colon or not path or not attribute:
+    parts = [*path.split("."), *attribute.split(".")]
+    if not colon or not all(p.isidentifier() and not p.startswith("__") for p in parts):
         raise InputError(f"a model is given as package.module:factory or as a .pt2 file, not {name!r}")
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
@@ -51,12 +54,75 @@ def load_model(name: str, kwargs: Mapping[str, Any] | None = None) -> nn.Module:
         found: Any = importlib.import_module(path)
         for part in attribute.split("."):
             found = getattr(found, part)
+        if _is_pythons(found):
+            raise InputError("it is of Python's own library")
         made = found if isinstance(found, nn.Module) else found(**(kwargs or {}))
-    except Exception as error:
-        raise InputError(f"{name} cannot be made: {type(error).__name__}: {_first(error)}") from error
+    except (Exception, SystemExit) as error:
+        raise InputError(f"{name} cannot be made: {_told(error)}") from error
     if not isinstance(made, nn.Module):
         raise InputError(f"{name} makes a {type(made).__name__}, not an nn.Module")
     return made.eval()
+
+
+def _is_pythons(found: Any) -> bool:
+    """Whether something is of Python's own library, which has no models but much else to call."""
+    while isinstance(found, functools.partial):
+        found = found.func
+    home = found.__name__ if isinstance(found, ModuleType) else getattr(found, "__module__", None) or ""
+    return home.split(".")[0] in sys.stdlib_module_names
+
+
+def _exported(path: Path, trust_pickle: bool) -> nn.Module:
+    """The module in a .pt2 file."""
+    if not path.is_file():
+        raise InputError(f"{path} is not a file")
+    _refuse_packed(path)
+    try:
+        if not trust_pickle and (parts := _pickles(path)):
+            raise InputError(
+                f"{path} holds pickles ({', '.join(parts[:3])}), and reading them may run any code that is in them: "
+                "give --trust-pickle if you trust where it comes from"
+            )
+        with quiet():
+            return torch.export.load(path).module()
+    except InputError:
+        raise
+    except Exception as error:
+        raise InputError(f"{path} cannot be read as an exported program: {_first(error)}") from error
+
+
+def _pickles(path: Path) -> list[str]:
+    """The parts of a .pt2 that `torch.export.load` unpickles, and that hold more than tensors; compiled ones, too."""
+    found = []
+    with zipfile.ZipFile(path) as archive:
+        names = archive.namelist()
+        pickled = {n for n in names if n.endswith(".pt")}
+        for name in (n for n in names if n.endswith("_config.json")):
+            folder = name.rpartition("/")[0]
+            for part in json.loads(archive.read(name))["config"].values():
+                member = f"{folder}/{part['path_name']}"
+                if not part["path_name"].startswith(("weight_", "tensor_")):
+                    found.append(member)
+                elif part["use_pickle"]:
+                    pickled.add(member)
+        for name in sorted(pickled):
+            if content := archive.read(name):
+                try:
+                    torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+                except Exception:
+                    found.append(name)
+    return found + [n for n in names if "/aotinductor/" in n or n.endswith(".so")]
+
+
+def _refuse_packed(path: Path) -> None:
+    """Raise if an archive says that it holds more than its own bytes: torch packs nothing, a zip bomb does."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            size = sum(member.file_size for member in archive.infolist())
+    except (zipfile.BadZipFile, ValueError, NotImplementedError):
+        return  # whoever reads it will say what it is instead
+    if size > path.stat().st_size:
+        raise InputError(f"{path} has {path.stat().st_size:,} bytes and would unpack to {size:,}: torch saves unpacked")
 
 
 def load_state_dict(path: str | os.PathLike[str], trust_pickle: bool = False) -> dict[str, torch.Tensor]:
@@ -80,6 +146,7 @@ def load_state_dict(path: str | os.PathLike[str], trust_pickle: bool = False) ->
             return dict(load_file(path))
         except Exception as error:
             raise InputError(f"{path} cannot be read as safetensors: {_first(error)}") from error
+    _refuse_packed(path)
     try:
         held = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
@@ -88,21 +155,27 @@ def load_state_dict(path: str | os.PathLike[str], trust_pickle: bool = False) ->
                 f"{path} holds more than tensors, and unpickling it may run any code that is in it: save a state dict, "
                 "or give --trust-pickle if you trust where it comes from"
             ) from error
-        held = torch.load(path, map_location="cpu", weights_only=False)
+        try:
+            held = torch.load(path, map_location="cpu", weights_only=False)
+        except Exception as error:
+            raise InputError(f"{path} cannot be unpickled: {_told(error)}") from error
     except Exception as error:
         raise InputError(f"{path} cannot be read: {_first(error)}") from error
     return _state_dict(held, path)
 
 
 def _state_dict(held: Any, path: Path) -> dict[str, torch.Tensor]:
-    if isinstance(held, nn.Module):
-        return dict(held.state_dict())
-    if isinstance(held, Mapping):
-        for key in WRAPPERS:
-            if isinstance(held.get(key), (Mapping, nn.Module)):
-                return _state_dict(held[key], path)
-        if held and all(isinstance(k, str) and isinstance(v, torch.Tensor) for k, v in held.items()):
-            return dict(held)
+    for _ in range(len(WRAPPERS) + 1):  # one in the other, no deeper
+        if isinstance(held, nn.Module):
+            return dict(held.state_dict())
+        if not isinstance(held, Mapping):
+            break
+        inner = next((held[key] for key in WRAPPERS if isinstance(held.get(key), (Mapping, nn.Module))), None)
+        if inner is None:
+            if held and all(isinstance(k, str) and isinstance(v, torch.Tensor) for k, v in held.items()):
+                return dict(held)
+            break
+        held = inner
     raise InputError(f"{path} holds no state dict")
 
 
@@ -144,6 +217,10 @@ def parse_kwargs(text: str | None) -> dict[str, Any]:
     if not isinstance(found, dict):
         raise InputError("--kwargs is a JSON object")
     return found
+
+
+def _told(error: BaseException) -> str:
+    return _first(error) if isinstance(error, InputError) else f"{type(error).__name__}: {_first(error)}"
 
 
 def _first(error: BaseException) -> str:

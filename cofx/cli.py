@@ -1,16 +1,20 @@
 """The command line: ``cofx inspect | verify | bench | convert | run``.
 
 Exit codes: 0 it went well; 1 a comparison failed; 2 the command, a file or an argument is wrong; 3 the model was
-refused.
-With ``--json`` standard output holds one JSON object and nothing else.
+refused; 4 something else failed (the traceback is on standard error); 130 interrupted.
+
+With ``--json`` standard output holds one JSON object and nothing else: the result, or ``error`` and ``kind`` ("wrong",
+"refused", "failed").
 """
 
 from __future__ import annotations
 
 import json
 import math
+import signal
 import sys
 import time
+import traceback
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -25,7 +29,6 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 from torch import nn
-from torch.utils import _pytree as pytree
 
 from . import __version__, checkpoints
 from .passes.errors import CompileError
@@ -35,7 +38,7 @@ from .step_module import StepModule, compile
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
 out, err = Console(soft_wrap=True, emoji=False), Console(stderr=True, soft_wrap=True, emoji=False)
 
-Model = Annotated[str, typer.Argument(help="package.module:factory, or a .pt2 file")]
+Model = Annotated[str, typer.Argument(help="package.module:factory, or a .pt2 file: either is a program, which is run")]
 Input = Annotated[
     list[str], typer.Option("--input", "-i", help="shape of a clip, such as 1x3x13x160x160; once for each input")
 ]
@@ -43,7 +46,7 @@ TimeDim = Annotated[str, typer.Option(help="time axis; or with commas one for ea
 Kwargs = Annotated[str | None, typer.Option(help="arguments of the factory, in JSON: '{\"num_classes\": 4}'")]
 Checkpoint = Annotated[Path | None, typer.Option(help=".safetensors, or a state dict in .pt, .pth, .ckpt")]
 Strict = Annotated[bool, typer.Option("--strict/--no-strict", help="refuse missing and unexpected names")]
-Trust = Annotated[bool, typer.Option("--trust-pickle", help="unpickle checkpoints, which may run any code in them")]
+Trust = Annotated[bool, typer.Option("--trust-pickle", help="unpickle files, which may run any code in them")]
 Equivalence = Annotated[str | None, typer.Option(help="stream, clip, prefix or first-clip; default the best there is")]
 AsJson = Annotated[bool, typer.Option("--json", help="one JSON object on standard output")]
 
@@ -56,10 +59,11 @@ class Source:
     example: tuple[torch.Tensor, ...]
     time_dims: tuple[int | None, ...]
     equivalence: str | None
+    as_json: bool
 
     def compile(self) -> StepModule:
         """The step model; the first-clip warning goes to standard error."""
-        with warnings.catch_warnings(record=True) as told:
+        with _busy("compiling", self.as_json), warnings.catch_warnings(record=True) as told:
             warnings.simplefilter("always")
             step = compile(self.model, self.example, time_dim=self.time_dims, equivalence=self.equivalence)
         for message in told:
@@ -77,8 +81,9 @@ def _source(
     strict: bool,
     trust_pickle: bool,
     equivalence: str | None,
+    as_json: bool,
 ) -> Source:
-    made = checkpoints.load_model(model, checkpoints.parse_kwargs(kwargs))
+    made = checkpoints.load_model(model, checkpoints.parse_kwargs(kwargs), trust_pickle)
     if checkpoint is not None:
         state = checkpoints.load_state_dict(checkpoint, trust_pickle)
         fit = checkpoints.apply_checkpoint(made, state, strict)
@@ -98,7 +103,7 @@ def _source(
             raise InputError(f"--time-dim takes numbers or none, not {word!r}") from error
     if len(dims) == 1:
         dims *= len(example)
-    return Source(made, example, tuple(dims), equivalence)
+    return Source(made, example, tuple(dims), equivalence, as_json)
 
 
 def _shape(text: str) -> tuple[int, ...]:
@@ -117,16 +122,34 @@ def _errors(as_json: bool) -> Iterator[None]:
     try:
         with torch.no_grad():
             yield
-    except CofxError as error:
-        kind = "refused" if isinstance(error, CompileError) else "wrong"
-        if as_json:
-            print(json.dumps({"error": str(error), "kind": kind}))
-        else:
-            err.print(f"error: {error}", style="red", markup=False)
-        raise typer.Exit(3 if kind == "refused" else 2) from None
-    except (OSError, ImportError) as error:
-        err.print(f"error: {error}", style="red", markup=False)
-        raise typer.Exit(2) from None
+        return
+    except typer.Exit:
+        raise
+    except KeyboardInterrupt:
+        err.print("interrupted", style="red")
+        raise typer.Exit(130) from None
+    except ImportError as error:
+        kind, told = "wrong", f"{error} (pip install 'cofx[onnx]' brings what files take)"
+    except (CofxError, OSError) as error:
+        kind, told = "refused" if isinstance(error, CompileError) else "wrong", str(error)
+    except Exception as error:
+        err.print(traceback.format_exc(), markup=False, highlight=False)
+        kind, told = "failed", f"{type(error).__name__}: {error}"
+    if as_json:
+        print(json.dumps({"error": told, "kind": kind}))
+    else:
+        err.print(f"error: {told}", style="red", markup=False, highlight=False)
+    raise typer.Exit({"refused": 3, "wrong": 2, "failed": 4}[kind])
+
+
+@contextmanager
+def _busy(what: str, as_json: bool) -> Iterator[Callable[[str], None]]:
+    """Shows on a terminal what is being done; the function that it gives tells of something else."""
+    if as_json or not err.is_terminal:
+        yield lambda what: None
+        return
+    with err.status(what) as status:
+        yield status.update
 
 
 def _plain(value: Any) -> Any:
@@ -169,7 +192,7 @@ def inspect(
 ) -> None:  # fmt: skip
     """Tell what becomes of a model: delays, state, what is streamed, what is recomputed or refused and why."""
     with _errors(as_json):
-        source = _source(model, input, time_dim, kwargs, checkpoint, strict, trust_pickle, equivalence)
+        source = _source(model, input, time_dim, kwargs, checkpoint, strict, trust_pickle, equivalence, as_json)
         try:
             step = source.compile()
         except CompileError as error:  # a refusal is what one wants to be told here
@@ -211,16 +234,22 @@ def verify(
 ) -> None:  # fmt: skip
     """Stream a clip and compare every output with the offline model. Exit code 1 if they differ."""
     with _errors(as_json):
-        source = _source(model, input, time_dim, kwargs, checkpoint, strict, trust_pickle, equivalence)
+        source = _source(model, input, time_dim, kwargs, checkpoint, strict, trust_pickle, equivalence, as_json)
         step = source.compile()
-        clips = _given(data) if data else _noise(step, length)
-        found = step.verify(*clips)
+        with _busy("streaming", as_json) as tell:
+            clips = _given(data) if data else _noise(step, length)
+            found = step.verify(*clips)
+            if onnx is not None:
+                from .convert import compare_onnx
+
+                tell(f"streaming through {onnx}")
+                compared = compare_onnx(step, onnx, clips)
         result: dict[str, Any] = {
             "exact": found.exact, "difference": _plain(found.difference), "compared": found.compared,
             "equivalences": list(found.equivalences),
         }  # fmt: skip
         if onnx is not None:
-            result["onnx"] = _compare_onnx(step, onnx, clips)
+            result["onnx"] = compared | {"difference": _plain(compared["difference"])}
         exact = found.exact and (onnx is None or result["onnx"]["exact"])
         if as_json:
             print(json.dumps(result))
@@ -234,12 +263,12 @@ def verify(
 
 
 def _given(files: list[Path]) -> list[torch.Tensor]:
-    import numpy as np
+    from .recordings import read
 
-    try:
-        return [torch.from_numpy(np.load(f, allow_pickle=False)) for f in files]
-    except ValueError as error:
-        raise InputError(f"--data takes .npy arrays of numbers: {error}") from error
+    for file in files:
+        if file.suffix != ".npy":
+            raise InputError(f"--data takes .npy arrays, not {file}")
+    return [torch.from_numpy(read(file)) for file in files]
 
 
 def _noise(step: StepModule, length: int | None) -> list[torch.Tensor]:
@@ -253,24 +282,6 @@ def _noise(step: StepModule, length: int | None) -> list[torch.Tensor]:
     ]
 
 
-def _compare_onnx(step: StepModule, path: Path, clips: list[torch.Tensor]) -> dict[str, Any]:
-    """A file against the PyTorch step, over a whole stream."""
-    import numpy as np
-
-    from .runtime import OnnxStep
-
-    runner = OnnxStep(path)
-    ticks = step.compiled.spec.ticks(clips)
-    whole = ticks - ticks % runner.frames_per_step
-    parts = step.compiled.spec.part(clips, 0, whole)
-    step.clean_state()
-    expected = pytree.tree_leaves(step.forward_steps(*parts, pad_end=True))
-    got = pytree.tree_leaves(runner.forward_steps(*(x.numpy() for x in parts), pad_end=True))
-    worst = max((float(np.abs(a.numpy() - b).max()) for a, b in zip(expected, got, strict=True)), default=0.0)
-    close = all(np.allclose(a.numpy(), b, rtol=1e-4, atol=1e-5) for a, b in zip(expected, got, strict=True))
-    return {"exact": close, "difference": worst}
-
-
 @app.command()
 def bench(
     model: Model, input: Input, time_dim: TimeDim = "2", kwargs: Kwargs = None, checkpoint: Checkpoint = None,
@@ -281,7 +292,7 @@ def bench(
     """Time a step against the offline model on a sliding window of a clip: the median of each."""
     with _errors(as_json):
         torch.set_num_threads(threads)
-        source = _source(model, input, time_dim, kwargs, checkpoint, strict, trust_pickle, equivalence)
+        source = _source(model, input, time_dim, kwargs, checkpoint, strict, trust_pickle, equivalence, as_json)
         step = source.compile()
         clips = _noise(step, step.compiled.plan.facts.streams.ticks[0])
         spec = step.compiled.spec
@@ -320,48 +331,58 @@ def convert(
     time_dim: TimeDim = "2", kwargs: Kwargs = None, checkpoint: Checkpoint = None, strict: Strict = True,
     trust_pickle: Trust = False, equivalence: Equivalence = None, as_json: AsJson = False,
     frames_per_step: Annotated[int | None, typer.Option(help="frames per call; default the model's period")] = None,
+    longest: Annotated[
+        int | None, typer.Option(min=1, help="frames of the longest stream, if all of it is kept; default 4 clips")
+    ] = None,
     quantize: Annotated[str | None, typer.Option(help="int8: weights in 8 bits, for one stream")] = None,
 ) -> None:  # fmt: skip
     """Write step.onnx, step.pt2, step.json and a README, and verify them. Nothing is left behind if that fails."""
-    from .convert import convert as write
-
     with _errors(as_json):
-        source = _source(model, input, time_dim, kwargs, checkpoint, strict, trust_pickle, equivalence)
+        from .convert import convert as write
+
+        source = _source(model, input, time_dim, kwargs, checkpoint, strict, trust_pickle, equivalence, as_json)
         step = source.compile()
-        clips = _noise(step, None)
-        result = write(step, output, clips, frames_per_step, quantize, lambda path: _compare_onnx(step, path, clips))
+        with _busy("converting", as_json) as tell:
+            result = write(step, output, _noise(step, None), frames_per_step, longest, quantize, tell)
         if as_json:
             print(json.dumps(result))
         else:
             _table("outputs", _outputs(step))
             out.print(f"{output}: {', '.join(result['files'])}", markup=False)
             out.print(f"largest difference to the offline model {result['difference']:.3g}, "
-                      f"of step.onnx to the step {result['onnx']['difference']:.3g}")  # fmt: skip
+                      f"to the step of step.onnx {result['onnx']['difference']:.3g}, "
+                      f"of step.pt2 {result['program']['difference']:.3g}")  # fmt: skip
 
 
 @app.command()
 def run(
     file: Annotated[Path, typer.Argument(help="step.onnx, made by convert")],
-    input: Annotated[list[Path], typer.Option("--input", "-i", help="recording: .npy, .wav or .mp4; one per input")],
-    output: Annotated[Path, typer.Option("--output", "-o", help="where to write: .npy or .csv")] = Path("output.npy"),
+    input: Annotated[
+        list[Path], typer.Option("--input", "-i", help="recording: .npy, .wav (.flac, .ogg) or .mp4; one per input")
+    ],
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="where to write: .npy or .csv (the first output), .npz (all)")
+    ] = Path("output.npy"),
     as_json: AsJson = False,
 ) -> None:
-    """Stream a recording through a step graph, and write the (first) output."""
-    from . import convert as conversion
-
+    """Stream a recording through a step graph, and write what comes out."""
     with _errors(as_json):
-        steps = conversion.Streaming(file, input)
+        from .recordings import Streaming
+
+        steps = Streaming(file, input, output)
         for at in track(steps, file.name, console=err, transient=True, disable=as_json or not err.is_terminal):
             steps.advance(at)
-        written = steps.write(output)
+        written = steps.write()
         if as_json:
             print(json.dumps(written))
         else:
-            out.print(f"{output}: {written['frames']} frames of shape {tuple(written['shape'])}", markup=False)
+            for name, shape in written["outputs"].items() if output.suffix == ".npz" else [("", written["shape"])]:
+                out.print(f"{output}: {name}{' ' if name else ''}of shape {tuple(shape)}", markup=False)
 
 
 def entry() -> None:
-    """What the command ``cofx`` runs."""
+    """What the command ``cofx`` runs. A SIGTERM ends it as a ^C does: what was begun is cleared away."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     sys.exit(app())
 
 

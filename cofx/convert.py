@@ -1,25 +1,29 @@
-"""What the command line writes and streams: a folder for whoever ships the model, recordings through its graph."""
+"""What ``cofx convert`` writes: a folder for whoever ships the model, verified before it is there."""
 
 from __future__ import annotations
 
 import contextlib
-import csv
 import json
+import math
 import os
 import shutil
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
+from torch.utils import _pytree as pytree
 
-from .passes.codegen.lanes import generate_lanes
+from .passes.capture import quiet
+from .passes.codegen.lanes import generate_exported
 from .runtime.errors import CofxError, InputError
+from .runtime.onnx_arrays import Arrays
+from .runtime.onnx_step import OnnxStep
 from .step_module import StepModule
+from .verification import TOLERANCES
 
 README = """# A step model
 
@@ -43,56 +47,63 @@ def convert(
     step: StepModule,
     output: Path,
     clips: Sequence[torch.Tensor],
-    frames_per_step: int | None,
-    quantize: str | None,
-    compare: Callable[[Path], dict[str, Any]],
+    frames_per_step: int | None = None,
+    longest: int | None = None,
+    quantize: str | None = None,
+    tell: Callable[[str], None] = lambda what: None,
 ) -> dict[str, Any]:
     """Write the folder. It is made beside its place, verified there, and moved in at the end.
+
+    Args:
+        step: what is converted.
+        output: the folder.
+        clips: to stream through the files, a batch of one.
+        frames_per_step, longest, quantize: see `StepModule.to_onnx`.
+        tell: called with what is being done.
 
     Raises:
         ConversionError: the files are not exact. As after any error, what was there before is there still.
     """
     output = output.absolute()
-    output.parent.mkdir(parents=True, exist_ok=True)
     if output.exists() and not output.is_dir():
         raise InputError(f"{output} is a file, not a folder")
-    made = Path(tempfile.mkdtemp(prefix=f".{output.name}-", dir=output.parent))
+    parent = next(p for p in output.parents if p.exists())  # nothing is made before all has gone well
+    made = Path(tempfile.mkdtemp(prefix=f".{output.name}-", dir=parent))
     try:
+        tell("writing step.onnx")
         with contextlib.redirect_stdout(sys.stderr):
-            step.to_onnx(made / "step.onnx", frames_per_step=frames_per_step, quantize=quantize)
-        _write_program(step, made / "step.pt2", frames_per_step)
-        meta = _metadata(made / "step.onnx")
-        (made / "README.md").write_text(README.format(frames=meta["frames_per_step"]))
-        (made / "step.json").write_text(json.dumps(meta, indent=1) + "\n")
+            step.to_onnx(made / "step.onnx", frames_per_step=frames_per_step, longest=longest, quantize=quantize)
+        tell("writing step.pt2")
+        _write_program(step, made / "step.pt2", frames_per_step, longest)
+        runner = OnnxStep(made / "step.onnx")
+        (made / "README.md").write_text(README.format(frames=runner.frames_per_step))
+        (made / "step.json").write_text(json.dumps(runner.meta, indent=1) + "\n")
+        tell("verifying the step model")
         found = step.verify(*clips)
-        onnx = compare(made / "step.onnx")
-        if not found.exact or not (onnx["exact"] or quantize):
+        tell("verifying step.onnx")
+        onnx = compare_onnx(step, made / "step.onnx", clips)
+        tell("verifying step.pt2")
+        program = _compare_program(step, made / "step.pt2", runner.meta, clips)
+        if not found.exact or not (onnx["exact"] or quantize) or not program["exact"]:
             raise ConversionError(
                 f"the files do not give the model's numbers: the step differs by {found.difference:.3g}, step.onnx "
-                f"from the step by {onnx['difference']:.3g}"
+                f"from the step by {onnx['difference']:.3g}, step.pt2 by {program['difference']:.3g}"
             )
         files = sorted(f.name for f in made.iterdir())
-        output.mkdir(exist_ok=True)
+        output.mkdir(parents=True, exist_ok=True)
         for name in files:
             os.replace(made / name, output / name)
     finally:
         shutil.rmtree(made, ignore_errors=True)
     return {"folder": str(output), "files": files, "exact": True, "difference": found.difference,
-            "compared": found.compared, "onnx": onnx}  # fmt: skip
+            "compared": found.compared, "onnx": onnx, "program": program}  # fmt: skip
 
 
-def _metadata(path: Path) -> dict[str, Any]:
-    from .runtime.onnx_step import OnnxStep
-
-    meta: dict[str, Any] = OnnxStep(path).meta
-    return meta
-
-
-def _write_program(step: StepModule, path: Path, frames_per_step: int | None) -> None:
+def _write_program(step: StepModule, path: Path, frames_per_step: int | None, longest: int | None) -> None:
     """The lane program as an exported program, its batch size open where the model's is."""
     lanes = step._programs()
     ticks = frames_per_step or lanes.schedule.period
-    program = generate_lanes(lanes.plan, ticks, lanes.spec.device, controls=True, batch_first=True)
+    program = generate_exported(lanes.plan, ticks, lanes.spec.device, True, lanes.longest(longest))
     count, device = 2, program.device
     frames = [
         torch.zeros([count if d == i.batch else n for d, n in enumerate(i.shape)], dtype=i.dtype, device=device)
@@ -102,106 +113,77 @@ def _write_program(step: StepModule, path: Path, frames_per_step: int | None) ->
     states = [torch.zeros(s.shape(count), dtype=s.dtype, device=device) for s in program.states]
     batched = [i.batch is not None for i in program.inputs] + [True] * (len(controls) + len(states))
     shapes = tuple({0: torch.export.Dim.AUTO} if b else {} for b in batched)
-    with torch.no_grad():
+    with torch.no_grad(), quiet():
         exported = torch.export.export(
             program.module, (*frames, *controls, *states), dynamic_shapes=shapes, strict=False
         )
-    torch.export.save(exported, path)
+        torch.export.save(exported, path)
 
 
-class Streaming:
-    """Recordings through a step graph, one call after the other."""
-
-    def __init__(self, graph: Path, recordings: Sequence[Path]) -> None:
-        from .runtime import OnnxStep
-
-        if not graph.is_file():
-            raise InputError(f"{graph} is not a file")
-        self.step = OnnxStep(graph)
-        inputs = self.step.meta["inputs"]
-        if len(recordings) != len(inputs):
-            raise InputError(f"the graph has {len(inputs)} inputs, {len(recordings)} recordings were given")
-        self.axes = [i["model_axes"]["time"] for i in inputs]
-        self.rates = [i["frames_per_tick"] for i in inputs]
-        self.inputs = [_fitted(read(file), info, self.step) for file, info in zip(recordings, inputs, strict=True)]
-        lengths = [x.shape[t] // k for x, t, k in zip(self.inputs, self.axes, self.rates, strict=True) if t is not None]
-        self.ticks = int(min(lengths))
-        self.parts: list[NDArray[Any]] = []
-
-    def __len__(self) -> int:
-        return -(-self.ticks // int(self.step.frames_per_step))
-
-    def __iter__(self) -> Iterator[int]:
-        return iter(range(len(self)))
-
-    def advance(self, call: int) -> None:
-        """One call; the last one ends the stream."""
-        size = self.step.frames_per_step
-        start, stop = call * size, min((call + 1) * size, self.ticks)
-        chunks = [
-            x if t is None else np.take(x, range(start * k, stop * k), t)
-            for x, t, k in zip(self.inputs, self.axes, self.rates, strict=True)
-        ]
-        due = self.step.forward_steps(*chunks, pad_end=call + 1 == len(self))
-        while isinstance(due, (tuple, list, dict)):
-            due = next(iter(due.values() if isinstance(due, dict) else due))
-        if due is not None:
-            self.parts.append(due)
-
-    def write(self, path: Path) -> dict[str, Any]:
-        """Write what came out, .npy or .csv (a line for each frame), and tell its shape."""
-        if not self.parts:
-            raise InputError("the recording is too short for the model to give an output")
-        axis = next(t for t in self.axes if t is not None)
-        axis = min(axis, self.parts[0].ndim - 1)
-        whole = np.concatenate(self.parts, axis)
-        if path.suffix not in (".npy", ".csv"):
-            raise InputError(f"outputs are written as .npy or .csv, not {path.suffix or path.name}")
-        beside = path.with_name(f".{path.name}.part")
-        try:
-            if path.suffix == ".npy":
-                with open(beside, "wb") as file:
-                    np.save(file, whole)
-            else:
-                with open(beside, "w", newline="") as text:
-                    csv.writer(text).writerows(np.moveaxis(whole, axis, 0).reshape(whole.shape[axis], -1).tolist())
-            os.replace(beside, path)
-        finally:
-            beside.unlink(missing_ok=True)
-        return {"path": str(path), "frames": whole.shape[axis], "shape": list(whole.shape)}
-
-
-def read(path: Path) -> NDArray[Any]:
-    """A recording: .npy as it is; .wav as (channels, time); .mp4 and other video as (colours, time, height, width).
+def compare_onnx(step: StepModule, path: Path, clips: Sequence[torch.Tensor]) -> dict[str, Any]:
+    """A step graph against the step model, over a whole stream.
 
     Raises:
-        InputError: it cannot be read.
+        InputError: the file cannot be read, or is of another model.
     """
-    if not path.is_file():
-        raise InputError(f"{path} is not a file")
+    runner = OnnxStep(path)
+    ours, theirs = step._programs().fingerprint, runner.meta["fingerprint"]
+    arrays = [x.numpy() for x in _whole(step, clips, runner.frames_per_step)]
     try:
-        if path.suffix == ".npy":
-            found: NDArray[Any] = np.load(path, allow_pickle=False)
-            return found
-        if path.suffix in (".wav", ".flac", ".ogg"):
-            import soundfile  # type: ignore[import-not-found, import-untyped, unused-ignore]
-
-            sound: NDArray[Any] = soundfile.read(path, dtype="float32", always_2d=True)[0].T
-            return sound
-        import av  # type: ignore[import-not-found, unused-ignore]
-
-        with av.open(str(path)) as video:
-            frames = [f.to_ndarray(format="rgb24") for f in video.decode(video=0)]
-        return np.stack(frames).astype(np.float32).transpose(3, 0, 1, 2) / 255
-    except ImportError as error:
-        raise InputError(f"reading {path.suffix} takes the extra cofx[media]: {error}") from error
-    except Exception as error:
-        raise InputError(f"{path} cannot be read: {error}") from error
+        got = runner.forward_steps(*arrays, pad_end=True)
+    except CofxError as error:
+        raise InputError(f"{path} is of another model: {error}") from error
+    return {**_difference(step, clips, runner.frames_per_step, got), "same_model": ours == theirs}
 
 
-def _fitted(x: NDArray[Any], info: dict[str, Any], step: Any) -> NDArray[Any]:
-    """A recording with a batch of one where the model has one and the recording has not, in the model's dtype."""
-    axes = info["model_axes"]
-    if axes["batch"] is not None and x.ndim == len(info["shape"]) - 1:
-        x = np.expand_dims(x, axes["batch"])
-    return x.astype(info["dtype"])
+def _compare_program(step: StepModule, path: Path, meta: Mapping[str, Any], clips: Sequence[torch.Tensor]) -> Any:
+    """The exported program likewise; `meta` says how its arrays lie."""
+    with quiet():
+        run = torch.export.load(path).module()
+    arrays, device = Arrays(meta), step.compiled.spec.device
+    size = arrays.frames_per_step
+    given = [x.numpy() for x in _whole(step, clips, size)]
+    ticks = arrays.ticks(given)
+    states = [torch.zeros([1 if d == "batch" else d for d in s["shape"]], dtype=getattr(torch, s["dtype"]),
+                          device=device) for s in meta["states"]]  # fmt: skip
+    names = [o["name"] for o in meta["outputs"]], [o["valid"] for o in meta["outputs"]]
+    parts: list[list[Any]] = [[] for _ in meta["outputs"]]
+    for at in range(0, ticks + meta["flush_calls"] * size, size):
+        chunk = arrays.part(given, at, size) if at < ticks else arrays.blank(1, arrays.untimed(given))
+        frames = [torch.from_numpy(arrays.batch_first(i, x).copy()) for i, x in zip(meta["inputs"], chunk, strict=True)]
+        controls = [torch.tensor([[v]], device=device) for v in (False, True, ticks)]
+        with torch.no_grad():
+            results, valid, states = run(*(x.to(device) for x in frames), *controls, *states)
+        outputs = dict(zip((*names[0], *names[1]), (x.cpu().numpy() for x in (*results, *valid)), strict=True))
+        arrays.collect(outputs, parts)
+    return _difference(step, clips, size, arrays.due(parts, frames=False))
+
+
+def _whole(step: StepModule, clips: Sequence[torch.Tensor], size: int) -> list[torch.Tensor]:
+    """As many of these frames as make whole calls."""
+    spec = step.compiled.spec
+    ticks = spec.ticks(clips) // size * size
+    if not ticks:
+        raise InputError(f"a clip of {spec.ticks(clips)} frames: a call takes {size}")
+    return spec.part(clips, 0, ticks)
+
+
+def _difference(step: StepModule, clips: Sequence[torch.Tensor], size: int, got: Any) -> dict[str, Any]:
+    """What the step model gives for a whole stream, against arrays."""
+    step.clean_state()
+    expected = step.forward_steps(*_whole(step, clips, size), pad_end=True)
+    step.clean_state()
+    wanted = [x if x is None else x.cpu().double().numpy() for x in _leaves(expected)]
+    pairs = list(zip(wanted, _leaves(got), strict=False))
+    exact = len(wanted) == len(_leaves(got)) and all((a is None) == (b is None) for a, b in pairs)
+    exact = exact and all(a is None or a.shape == b.shape for a, b in pairs)
+    if not exact:
+        return {"exact": False, "difference": math.inf}
+    worst = max((float(np.abs(a - b).max()) for a, b in pairs if a is not None and a.size), default=0.0)
+    rtol, atol = max(TOLERANCES.get(d, (0.0, 0.0)) for d in step.compiled.spec.dtypes)
+    close = all(a is None or np.allclose(a, b, rtol, atol, equal_nan=True) for a, b in pairs)
+    return {"exact": close, "difference": worst}
+
+
+def _leaves(nested: Any) -> list[Any]:
+    return pytree.tree_leaves(nested, is_leaf=lambda x: x is None)

@@ -152,6 +152,14 @@ class InputSpec:
             for x, t, k in zip(inputs, self.times, self.frames, strict=True)
         ]
 
+    def frame(self, inputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """The first frame of each, as a step takes it."""
+        out = []
+        for i, x in enumerate(self.part(inputs, 0, 1)):
+            t = self.times[i]
+            out.append(x.select(t, 0) if t is not None and self.frames[i] == 1 else x)
+        return out
+
     @cached_property
     def has_untimed(self) -> bool:
         """Whether some input has no time axis."""

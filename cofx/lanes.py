@@ -66,6 +66,10 @@ class Lanes:
             )
         return self.programs[key]
 
+    def longest(self, given: int | None) -> int:
+        """Ticks that a stream may have in a file, where all of it is kept: as given, or four clips; 0 elsewhere."""
+        return (given or 4 * self.plan.capture.points[0].ticks) if self.grows else 0
+
     def specs_for(self, state: LaneState) -> list[StateSpec]:
         """What is kept of these lanes."""
         return lane_state_specs(self.schedule, state.capacity) if self.grows else self.specs
@@ -105,7 +109,7 @@ class Lanes:
         start, ready, length = self._controls(controls, state.lanes)
         if controls.get("length") is not None:
             self._ends_as_traced(state, start, ready, length)
-        if self.compiled.tables:
+        if self.compiled.tables or self.plan.limit is not None:
             self._within_tables(state, ticks, start, ready, length)
         capacity = self._capacity(state, ticks, start, ready, length) if self.grows else 0
         if self.grows:
@@ -168,7 +172,8 @@ class Lanes:
     def _within_tables(
         self, state: LaneState, ticks: int, start: torch.Tensor, ready: torch.Tensor, length: torch.Tensor
     ) -> None:
-        """Raise before a table of positions runs out for any lane."""
+        """Raise before a table of positions runs out for any lane, or the model would do otherwise than where it was
+        traced."""
         before = torch.where(start, 0, state.tensors[0]).tolist()
         for lane, ((count, end), (go,), (told,)) in enumerate(
             zip(before, ready.tolist(), length.tolist(), strict=True)
@@ -185,6 +190,36 @@ class Lanes:
                         f"the stream is longer than a table of the model: {op.name} has {op.limit} entries ({line}); "
                         "start a new one with start",
                     )
+            if self.plan.limit is not None and min(last, count + ticks) > self.plan.limit[0]:
+                most, branch = self.plan.limit
+                raise LaneError(
+                    lane,
+                    f"on more than {most} frames the model does otherwise than on the example "
+                    f"({branch or 'it cannot be run there'}); start a new stream with start",
+                )
+
+    def known_ends(self) -> dict[str, Any]:
+        """At which lengths a stream may not end, for the metadata of a file: see `check_end`.
+
+        Lengths `first` to `last` were looked at one by one, `refused` are those of them where the model does otherwise
+        than where it was traced. Before and after that they repeat themselves after `every` (0: they do not).
+        """
+        traced, opened = self.plan.capture.points[0].ticks, self.plan.capture.symbolic_time
+        first = 1 if opened else traced  # with a fixed length each one takes a run on fake tensors
+        last = min(512, max(64, 2 * traced, 4 * self.schedule.period)) if opened else traced + 31
+        refused = set()
+        for length in range(first, last + 1):
+            try:
+                self.compiled.check_end(length)
+            except InputError:
+                refused.add(length)
+        middle = (first + last) // 2
+        for every in range(1, (last - middle) // 2 + 1):
+            if all((n in refused) == (n + every in refused) for n in range(middle, last - every + 1)):
+                break
+        else:
+            every = 0
+        return {"first": first, "last": last, "every": every, "refused": sorted(refused)}
 
     def about(self) -> dict[str, Any]:
         """What holds for the outputs, for the metadata of a file; fractions as strings."""
@@ -195,7 +230,8 @@ class Lanes:
             numbers = ("delay", "receptive_field", "stride", "padding")
             known = {n: _plain(getattr(timing, n)) if timing else 0 for n in numbers}
             outputs.append({**known, "equivalence": leaf.equivalence})
-        return {"version": __version__, "fingerprint": self.fingerprint, **outputs[0], "outputs": outputs}
+        return {"version": __version__, "fingerprint": self.fingerprint, **outputs[0], "outputs": outputs,
+                "ends": self.known_ends()}  # fmt: skip
 
     def layout(self, ticks: int, call: Callable[..., Any], mark: Callable[[], Callable[[], None]]) -> LaneLayout:
         """How the arrays of ``forward_steps`` look, for `LanePool`."""
@@ -239,9 +275,10 @@ class Lanes:
         capacity = self.compiled.capacity(state.count)
         position = torch.zeros(lanes, 2, dtype=torch.int64, device=self.spec.device)
         position[:, 0] = state.count
+        specs = lane_state_specs(self.schedule, capacity)[1:]
         kept = [
-            to_lanes_first(t, layout, lanes).contiguous()
-            for t, layout in zip(state.tensors, state_layouts(self.schedule, capacity), strict=True)
+            to_lanes_first(t, layout, lanes).reshape(spec.shape(lanes)).contiguous()
+            for t, layout, spec in zip(state.tensors, state_layouts(self.schedule, capacity), specs, strict=True)
         ]
         return LaneState((position, *kept), capacity)
 
@@ -287,6 +324,8 @@ class Lanes:
         ):
             capacity = self.compiled.capacity(capacity + 1)
         specs = lane_state_specs(self.schedule, capacity)
+        known = [s for s in specs if isinstance(snap.get(s.name), torch.Tensor) and snap[s.name].dim() == len(s.dims)]
+        snap = snap | dict(zip([s.name for s in known], grow([snap[s.name] for s in known], known), strict=True))
         return check_lanes(snap, specs, self.schedule.period, self.spec.device, capacity)
 
 

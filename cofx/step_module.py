@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from .backends import known_backend
 from .compiled import Compiled
 from .inputs import make_clock
 from .lanes import POSITION, Lanes, lanes_of
@@ -71,6 +72,7 @@ def compile(
     window_output: str = "last",
     nonlocal_ops: str | Mapping[str, str] = "recompute",
     context: int | None = None,
+    backend: str = "eager",
 ) -> StepModule:
     """Compile a clip model into a step model.
 
@@ -88,6 +90,11 @@ def compile(
             ``{"blocks.*.se": "continual", "aten.mean.dim": "refuse"}``.
         context: the most frames, the current one included, that attention without a bound of its own reads. It is then
             approximate. None keeps everything, exactly.
+        backend: of steps in mid-stream without gradients: "eager" (torch's own kernels), "inductor" (`torch.compile`,
+            compiled for a while at the first step), "onnxruntime" (in buffers of its own, for each batch size), or
+            "auto": the fastest of those that can run the model here, measured once for a model and machine and then
+            remembered (``COFX_MEASURE=0`` takes ONNX Runtime where it is installed, without measuring). All else, the
+            first frames, chunks, lanes and the end of a stream, runs eagerly.
 
     Raises:
         CaptureError: the model cannot be traced.
@@ -104,7 +111,10 @@ def compile(
         raise InputError(f"nonlocal_ops is 'recompute', 'continual' or 'refuse', not {nonlocal_ops!r}")
     if context is not None and (isinstance(context, bool) or not isinstance(context, int) or context < 1):
         raise InputError(f"context is a number of frames, at least 1, not {context!r}")
-    step = StepModule(model, time_dim, batch_dim, clip_length, equivalence, window_output, nonlocal_ops, context)
+    backend = known_backend(backend)
+    step = StepModule(
+        model, time_dim, batch_dim, clip_length, equivalence, window_output, nonlocal_ops, context, backend
+    )
     if example is not None:
         step.trace(*(example if isinstance(example, (tuple, list)) else (example,)))
     return step
@@ -147,9 +157,11 @@ class StepModule(nn.Module):
         window_output: str,
         nonlocal_ops: str | Mapping[str, str] = "recompute",
         context: int | None = None,
+        backend: str = "eager",
     ) -> None:
         super().__init__()
         self.model = model
+        self._backend = backend
         self._nonlocal_ops, self._context = nonlocal_ops, context
         self._reference: list[nn.Module] = []  # in place of the model, if clip-wide ops look on the frames so far
         self.training = model.training
@@ -207,7 +219,11 @@ class StepModule(nn.Module):
                 break
         self._example = tuple(x.detach() for x in example)
         self._ticks = ticks
-        self._compiled = Compiled(self.reference_module, plan, batch)
+        compiled = Compiled(self.reference_module, plan, batch, self._backend)
+        if self._backend != "eager":
+            frames = compiled.spec.frame(example)
+            compiled.prepare(frames, compiled.spec.batch_of(frames, frames=True))
+        self._compiled = compiled
         self._lane_programs = None
         self._place(StreamState())
 
@@ -277,7 +293,7 @@ class StepModule(nn.Module):
             and self._lanes is None
         ):
             plan = self._plan(self._example, compiled.plan.clock, self._ticks, batch)
-            compiled = self._compiled = Compiled(self.reference_module, plan, batch)
+            compiled = self._compiled = Compiled(self.reference_module, plan, batch, self._backend)
         return compiled
 
     # -- calls -------------------------------------------------------------------------------------------------------
@@ -608,7 +624,7 @@ class StepModule(nn.Module):
         if traced is not None:
             clock, batch = traced
             plan = self._plan(self._example, clock, self._ticks, batch)
-            self._compiled = Compiled(self.reference_module, plan, batch)
+            self._compiled = Compiled(self.reference_module, plan, batch, self._backend)
             self.set_state(stream)
 
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
@@ -695,7 +711,7 @@ class StepModule(nn.Module):
             dynamic_batch=dynamic_batch,
             opset=opset,
             controls=controls,
-            capacity=(longest or 4 * self._ticks) if programs.grows else 0,
+            capacity=programs.longest(longest),
         )
 
     def report(self) -> Report:

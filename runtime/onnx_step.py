@@ -12,11 +12,9 @@ What takes several runs of the graph is done in a second pair, which replaces th
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from fractions import Fraction
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -25,99 +23,12 @@ import onnxruntime as ort
 from .alone import alone
 from .errors import InputError, LaneError, StateError
 from .lane_layout import LaneAxes, LaneLayout
+from .onnx_arrays import Arrays
+from .onnx_buffers import Array, Buffers, Now
+from .onnx_meta import NUMBERS, may_end, number, read_meta
 from .state_file import HELD, read_state, write_state
 
-FORMAT = 1
 POSITION = "position"
-Array = np.ndarray[Any, Any]
-
-
-def _number(value: int | str) -> int | float | Fraction:
-    return value if isinstance(value, int) else float(value) if value == "inf" else Fraction(value)
-
-
-@dataclass(frozen=True)
-class _Now:
-    """Where the streams of a set of buffers are: replaced as a whole, so that a call that is interrupted moves nothing.
-
-    Attributes:
-        current: which set of states is the current one.
-        held: the last call's inputs without time.
-        ended: in the middle of a call's frames.
-    """
-
-    current: int = 0
-    held: tuple[Array, ...] = ()
-    ended: bool = False
-
-
-class _Buffers:
-    """Everything that is bound for one batch size: inputs, controls, outputs, and two sets of states."""
-
-    def __init__(self, session: ort.InferenceSession, meta: Mapping[str, Any], lanes: int) -> None:
-        self.session, self.lanes = session, lanes
-        self.inputs = {i["name"]: _zeros(i["shape"], i["dtype"], lanes) for i in meta["inputs"]}
-        self.controls: dict[str, Array] = {}
-        for name in ("start", "ready", "length") if meta["controls"] else ():
-            self.controls[name] = np.zeros((lanes, 1), np.int64 if name == "length" else np.bool_)
-        self.outputs = {
-            o.name: _zeros([d if isinstance(d, int) else "batch" for d in o.shape], _NAMES[o.type], lanes)
-            for o in session.get_outputs()
-            if not o.name.startswith("state_out_")
-        }
-        self.states = [[_zeros(s["shape"], s["dtype"], lanes) for s in meta["states"]] for _ in range(2)]
-        self.bindings = []
-        for old, new in (self.states, self.states[::-1]):
-            binding = session.io_binding()
-            for name, array in (*self.inputs.items(), *self.controls.items()):
-                binding.bind_ortvalue_input(name, _ort(array))
-            for name, array in self.outputs.items():
-                binding.bind_ortvalue_output(name, _ort(array))
-            for spec, a, b in zip(meta["states"], old, new, strict=True):
-                binding.bind_ortvalue_input(spec["name"], _ort(a))
-                binding.bind_ortvalue_output(spec["out"], _ort(b))
-            self.bindings.append(binding)
-        self.now = _Now()
-
-    @property
-    def state(self) -> list[Array]:
-        """The states as they are now."""
-        return self.states[self.now.current]
-
-    def run(self) -> None:
-        """One call; the states after it become the current ones once `now` is set to `after`."""
-        self.session.run_with_iobinding(self.bindings[self.now.current])
-
-    def after(self, held: Sequence[Array], ended: bool = False) -> _Now:
-        """Where the streams are after the last call, if that is kept."""
-        return _Now(1 - self.now.current, tuple(held), ended)
-
-    def copy(self, states: Sequence[Array]) -> None:
-        """Overwrite the states."""
-        for mine, given in zip(self.state, states, strict=True):
-            np.copyto(mine, given)
-
-
-_NAMES = {
-    "tensor(float)": "float32",
-    "tensor(double)": "float64",
-    "tensor(float16)": "float16",
-    "tensor(int64)": "int64",
-    "tensor(int32)": "int32",
-    "tensor(int16)": "int16",
-    "tensor(int8)": "int8",
-    "tensor(uint8)": "uint8",
-    "tensor(bool)": "bool",
-}
-
-
-def _zeros(shape: Sequence[Any], dtype: str, lanes: int) -> Array:
-    return np.zeros([lanes if d == "batch" else d for d in shape], dtype)
-
-
-def _ort(array: Array) -> Any:
-    """The array itself as ONNX Runtime sees it."""
-    return ort.OrtValue.ortvalue_from_numpy(array)
 
 
 class OnnxStep:
@@ -149,19 +60,12 @@ class OnnxStep:
             self.session = ort.InferenceSession(os.fspath(path), options, providers=list(providers))
         except Exception as error:
             raise InputError(f"{os.fspath(path)} cannot be run by ONNX Runtime: {error}") from error
-        try:
-            self.meta = json.loads(self.session.get_modelmeta().custom_metadata_map["cofx"])
-            fits = self.meta["format"] == FORMAT
-        except (KeyError, ValueError, TypeError) as error:
-            raise InputError(f"{os.fspath(path)} was not made by StepModule.to_onnx") from error
-        if not fits:
-            raise InputError(f"{os.fspath(path)} has format {self.meta['format']}; this version reads {FORMAT}")
+        self.meta = read_meta(self.session, os.fspath(path))
         self.frames_per_step: int = self.meta["frames_per_step"]
-        self._rates = [i["frames_per_tick"] for i in self.meta["inputs"]]
-        self._batched = any(i["model_axes"]["batch"] is not None for i in self.meta["inputs"])
+        self._arrays = Arrays(self.meta)
         self._pinned = self.session.get_inputs()[len(self.meta["inputs"])].shape[0]
-        self._buffers: _Buffers | None = None
-        self._spare: _Buffers | None = None  # in which calls work that take several runs of the graph
+        self._buffers: Buffers | None = None
+        self._spare: Buffers | None = None  # in which calls work that take several runs of the graph
         self._running = False  # within a call
 
     # -- calls -------------------------------------------------------------------------------------------------------
@@ -178,7 +82,7 @@ class OnnxStep:
         if self.frames_per_step != 1:
             raise self._whole(1)
         chunks = []
-        for x, info, rate in zip(frames, self.meta["inputs"], self._rates, strict=False):
+        for x, info, rate in zip(frames, self.meta["inputs"], self._arrays.rates, strict=False):
             time = info["model_axes"]["time"]
             one = rate == 1 and time is not None and isinstance(x, np.ndarray) and x.ndim >= time
             chunks.append(np.expand_dims(x, time) if one else x)
@@ -204,7 +108,7 @@ class OnnxStep:
             the outputs that are due, with time axis, or None; with `start`, `ready` or `length`, ``(y, valid)``.
         """
         controls = {"start": start, "ready": ready, "length": length}
-        ticks = self._ticks(chunks)
+        ticks = self._arrays.ticks(chunks)
         if any(c is not None for c in controls.values()):
             if pad_end:
                 raise InputError("pad_end ends all streams of a batch at once; give the lanes' length instead")
@@ -218,16 +122,16 @@ class OnnxStep:
         parts: list[list[Array]] = [[] for _ in self.meta["outputs"]]
         work = self._work(buffers)
         for at in range(0, ticks - left, self.frames_per_step):
-            self._advance(work, self._part(chunks, at, self.frames_per_step), {}, parts)
-        held = self._untimed(chunks)
+            self._advance(work, self._arrays.part(chunks, at, self.frames_per_step), {}, parts)
+        held = self._arrays.untimed(chunks)
         if pad_end:
             after = [x.copy() for x in work.state]
-            rest = self._part(chunks, ticks - left, left) if left else None
+            rest = self._arrays.part(chunks, ticks - left, left) if left else None
             self._flush(work, held, rest, left, parts)
             work.copy(after)
-        y = self._due(parts, frames=False)
+        y = self._arrays.due(parts, frames=False)
         if update_state:
-            work.now = _Now(work.now.current, held, bool(left))
+            work.now = Now(work.now.current, held, bool(left))
             self._buffers, self._spare = work, buffers
         return y
 
@@ -240,24 +144,20 @@ class OnnxStep:
         self._together()
         parts: list[list[Array]] = [[] for _ in self.meta["outputs"]]
         self._flush(self._work(buffers), buffers.now.held, None, 0, parts)
-        return self._due(parts, frames=False)
+        return self._arrays.due(parts, frames=False)
 
-    def _work(self, buffers: _Buffers) -> _Buffers:
+    def _work(self, buffers: Buffers) -> Buffers:
         """Other buffers with the same states, for calls that take several runs of the graph: what they do to those is
         only kept when all has gone well."""
         work = self._room(buffers.lanes)
         work.copy(buffers.state)
         return work
 
-    def _room(self, lanes: int) -> _Buffers:
+    def _room(self, lanes: int) -> Buffers:
         """Buffers that are not those of the streams."""
         if self._spare is None or self._spare.lanes != lanes:
-            self._spare = _Buffers(self.session, self.meta, lanes)
+            self._spare = Buffers(self.session, self.meta, lanes)
         return self._spare
-
-    def _untimed(self, chunks: Sequence[Array]) -> tuple[Array, ...]:
-        """The inputs without time, which a flush needs."""
-        return tuple(x for x, rate in zip(chunks, self._rates, strict=True) if not rate)
 
     def _call(
         self, chunks: list[Array], ticks: int, frames: bool, update_state: bool, controls: Mapping[str, Any]
@@ -270,25 +170,26 @@ class OnnxStep:
             raise self._whole(ticks)
         buffers = self._checked(chunks, ticks)
         given = self._controls(controls, buffers.lanes) if lanes else {}
+        self._ends_as_traced(buffers, given)
         self._within_table(buffers, ticks, given)
         parts: list[list[Array]] = [[] for _ in self.meta["outputs"]]
-        self._fill(buffers, chunks, given)
+        self._arrays.fill(buffers, chunks, given)
         buffers.run()
-        after = buffers.after(self._untimed(chunks))
+        after = buffers.after(self._arrays.untimed(chunks))
         if not lanes:
-            self._collect(buffers, parts)
-            due = self._due(parts, frames)
+            self._arrays.collect(buffers.outputs, parts)
+            due = self._arrays.due(parts, frames)
             if update_state:
                 buffers.now = after
                 self._buffers = buffers
             return due
         y, valid = [], []
         for info in self.meta["outputs"]:
-            y.append(self._shaped(info, buffers.outputs[info["name"]], frames).copy())
+            y.append(self._arrays.shaped(info, buffers.outputs[info["name"]], frames).copy())
             exists = buffers.outputs[info["valid"]]
             untimed = not info["timed"] or (frames and info["single"])
             valid.append(exists[:, 0].copy() if untimed else exists.copy())
-        result = self._packed(y), self._packed(valid)
+        result = self._arrays.packed(y), self._arrays.packed(valid)
         if update_state:
             buffers.now = after
             self._buffers = buffers
@@ -296,14 +197,7 @@ class OnnxStep:
 
     # -- inside a call -----------------------------------------------------------------------------------------------
 
-    def _ticks(self, chunks: Sequence[Any]) -> int:
-        for x, info, rate in zip(chunks, self.meta["inputs"], self._rates, strict=False):
-            time = info["model_axes"]["time"]
-            if rate and isinstance(x, np.ndarray) and x.ndim > time:
-                return int(x.shape[time]) // int(rate)
-        return 1
-
-    def _checked(self, chunks: Sequence[Any], ticks: int) -> _Buffers:
+    def _checked(self, chunks: Sequence[Any], ticks: int) -> Buffers:
         """The buffers for these inputs.
 
         Raises:
@@ -316,12 +210,12 @@ class OnnxStep:
             names = ", ".join(i["name"] for i in infos)
             raise InputError(f"{len(infos)} inputs are needed ({names}), {len(chunks)} were given")
         lanes = None if self._buffers is None else self._buffers.lanes
-        for x, info, rate in zip(chunks, infos, self._rates, strict=True):
+        for x, info, rate in zip(chunks, infos, self._arrays.rates, strict=True):
             if not isinstance(x, np.ndarray):
                 raise InputError(f"input '{info['name']}' is a {type(x).__name__}, not an array")
             if str(x.dtype) != info["dtype"]:
                 raise InputError(f"input '{info['name']}' has dtype {x.dtype}, the model takes {info['dtype']}")
-            shape = self._model_shape(info, ticks * rate)
+            shape = self._arrays.model_shape(info, ticks * rate)
             batch = info["model_axes"]["batch"]
             if batch is not None:
                 if lanes is None and x.ndim == len(shape):
@@ -334,77 +228,36 @@ class OnnxStep:
         lanes = 1 if lanes is None else lanes
         if isinstance(self._pinned, int) and lanes != self._pinned:
             raise InputError(f"this file was exported for a batch of {self._pinned}, not {lanes}")
-        return self._buffers or _Buffers(self.session, self.meta, lanes)
-
-    def _model_shape(self, info: Mapping[str, Any], frames: int) -> list[Any]:
-        """The shape of an input as the model takes it; None for the batch."""
-        shape: list[Any] = list(info["shape"])
-        batch, time = info["model_axes"]["batch"], info["model_axes"]["time"]
-        if shape[:1] == ["batch"]:
-            shape = shape[1:]
-            if batch is not None:
-                shape.insert(batch, None)
-        if time is not None:
-            shape[time] = frames
-        return shape
+        return self._buffers or Buffers(self.session, self.meta, lanes)
 
     def whole_calls(self, chunks: Sequence[Array]) -> list[Array]:
         """As many of these frames as make whole calls."""
-        ticks = self._ticks(chunks)
-        return self._part(chunks, 0, ticks - ticks % self.frames_per_step)
-
-    def _part(self, chunks: Sequence[Array], start: int, ticks: int) -> list[Array]:
-        out = []
-        for x, info, rate in zip(chunks, self.meta["inputs"], self._rates, strict=True):
-            time = info["model_axes"]["time"]
-            at = [slice(None)] * x.ndim
-            if rate:
-                at[time] = slice(start * rate, (start + ticks) * rate)
-            out.append(x[tuple(at)])
-        return out
-
-    def _fill(self, buffers: _Buffers, chunks: Sequence[Array], controls: Mapping[str, Array]) -> None:
-        """Copy what a call is given into what is bound."""
-        for x, info in zip(chunks, self.meta["inputs"], strict=True):
-            batch = info["model_axes"]["batch"]
-            if info["shape"][:1] == ["batch"]:
-                x = x[None] if batch is None else np.moveaxis(x, batch, 0)
-            np.copyto(buffers.inputs[info["name"]], x)
-        for name, default in (("start", False), ("ready", True), ("length", -1)):
-            if name in buffers.controls:
-                buffers.controls[name][...] = controls.get(name, default)
+        ticks = self._arrays.ticks(chunks)
+        return self._arrays.part(chunks, 0, ticks - ticks % self.frames_per_step)
 
     def _advance(
-        self, buffers: _Buffers, chunks: Sequence[Array], controls: Mapping[str, Any], parts: list[list[Array]]
+        self, buffers: Buffers, chunks: Sequence[Array], controls: Mapping[str, Any], parts: list[list[Array]]
     ) -> None:
         """One call for all lanes together, its valid frames appended to `parts`."""
-        self._fill(buffers, chunks, controls)
+        self._arrays.fill(buffers, chunks, controls)
         buffers.run()
         buffers.now = buffers.after(())
-        self._collect(buffers, parts)
-
-    def _collect(self, buffers: _Buffers, parts: list[list[Array]]) -> None:
-        """Append the frames of the last call that exist; they are the same for all lanes."""
-        for info, part in zip(self.meta["outputs"], parts, strict=True):
-            y = self._shaped(info, buffers.outputs[info["name"]], False)
-            if not info["timed"]:
-                part[:] = [y.copy()]
-                continue
-            exist = np.flatnonzero(buffers.outputs[info["valid"]][0])
-            if exist.size:
-                part.append(np.take(y, exist, axis=info["model_axes"]["time"]))
+        self._arrays.collect(buffers.outputs, parts)
 
     def _flush(
-        self, buffers: _Buffers, held: Sequence[Array], rest: list[Array] | None, left: int, parts: list[list[Array]]
+        self, buffers: Buffers, held: Sequence[Array], rest: list[Array] | None, left: int, parts: list[list[Array]]
     ) -> None:
         """Feed what is left, then empty frames until the last output is out. `held`: the inputs without time."""
         if not self.meta["controls"]:
             raise InputError("this file was exported without controls: its streams do not end")
-        end = {"length": int(buffers.state[0][0, 0]) + left}
+        count = int(buffers.state[0][0, 0]) + left
+        if not may_end(self.meta, count):
+            raise InputError(_otherwise(count))
+        end = {"length": count}
         for call in range(self.meta["flush_calls"] + (rest is not None)):
-            chunks = self._blank(buffers.lanes, held)
+            chunks = self._arrays.blank(buffers.lanes, held)
             if call == 0 and rest is not None:
-                for i, (x, rate) in enumerate(zip(rest, self._rates, strict=True)):
+                for i, (x, rate) in enumerate(zip(rest, self._arrays.rates, strict=True)):
                     time = self.meta["inputs"][i]["model_axes"]["time"]
                     if rate:
                         at = [slice(None)] * x.ndim
@@ -415,70 +268,6 @@ class OnnxStep:
             for part, kept in zip(parts, untimed, strict=True):
                 if kept is not None and rest is None:
                     part[:] = kept
-
-    def _blank(self, lanes: int, held: Sequence[Array]) -> list[Array]:
-        """Empty frames for one call, and these inputs without time."""
-        untimed = iter(held)
-        out = []
-        for info, rate in zip(self.meta["inputs"], self._rates, strict=True):
-            if rate:
-                shape = self._model_shape(info, self.frames_per_step * rate)
-                out.append(np.zeros([lanes if s is None else s for s in shape], info["dtype"]))
-            else:
-                out.append(next(untimed))
-        return out
-
-    def _shaped(self, info: Mapping[str, Any], y: Array, frames: bool) -> Array:
-        """An output of the graph with its axes where the model has them; a view."""
-        axes, time = info["model_axes"], info["time_axis"]
-        batch = axes["batch"]
-        if batch is None:
-            y = y[0]
-            time = None if time is None else time - 1
-        elif time is None:
-            y = np.moveaxis(y, 0, batch)
-        else:
-            y = np.moveaxis(y, (0, time), (batch, axes["time"]))
-            time = axes["time"]
-        if time is not None and time != axes["time"]:
-            y = np.moveaxis(y, time, axes["time"])
-        if frames and info["timed"] and info["single"]:
-            at = self._frame_axis(info, y)
-            y = y[(slice(None),) * at + (0,)]
-        return y
-
-    @staticmethod
-    def _frame_axis(info: Mapping[str, Any], y: Array) -> int:
-        axis: int = info["model_axes"]["time"]
-        return axis % y.ndim
-
-    def _due(self, parts: list[list[Array]], frames: bool) -> Any:
-        """The frames of each output, in the model's structure; None if nothing at all is due."""
-        leaves: list[Array | None] = []
-        for info, part in zip(self.meta["outputs"], parts, strict=True):
-            if not part:
-                leaves.append(None)
-                continue
-            time = info["model_axes"]["time"]
-            y = part[-1] if not info["timed"] else part[0] if len(part) == 1 else np.concatenate(part, time)
-            if frames and info["timed"] and info["single"]:
-                y = y[(slice(None),) * time + (0,)]
-            leaves.append(np.ascontiguousarray(y))
-        timed = [y for y, info in zip(leaves, self.meta["outputs"], strict=True) if info["timed"]]
-        if timed and all(y is None for y in timed):
-            return None
-        return self._packed(leaves)
-
-    def _packed(self, leaves: Sequence[Any]) -> Any:
-        def build(node: Any) -> Any:
-            if isinstance(node, int):
-                return leaves[node]
-            ((kind, entries),) = node.items()
-            if kind == "dict":
-                return {k: build(v) for k, v in entries}
-            return (list if kind == "list" else tuple)(build(e) for e in entries)
-
-        return build(self.meta["structure"])
 
     # -- lanes -------------------------------------------------------------------------------------------------------
 
@@ -517,7 +306,18 @@ class OnnxStep:
             out[name] = array.reshape(lanes, 1)
         return out
 
-    def _within_table(self, buffers: _Buffers, ticks: int, given: Mapping[str, Array]) -> None:
+    def _ends_as_traced(self, buffers: Buffers, given: Mapping[str, Array]) -> None:
+        """Raise if a lane is told to end where the model, run offline, does otherwise than where it was traced."""
+        if "length" not in given:
+            return
+        position = np.where(given.get("start", False), 0, buffers.state[0])
+        told = given.get("ready", np.True_) & (given["length"] >= 0) & (position[:, 1:] == 0)
+        for lane in np.flatnonzero(told[:, 0]).tolist():
+            end = max(int(given["length"][lane, 0]), int(position[lane, 0]))
+            if not may_end(self.meta, end):
+                raise LaneError(lane, _otherwise(end))
+
+    def _within_table(self, buffers: Buffers, ticks: int, given: Mapping[str, Array]) -> None:
         """Raise before a table of positions runs out for any lane."""
         limit = self.meta["limit"]
         if limit is None:
@@ -531,7 +331,8 @@ class OnnxStep:
         if over.any():
             raise LaneError(
                 int(np.flatnonzero(over[:, 0])[0]),
-                f"the stream is longer than a table of the model, which lasts for {limit} frames; start a new one",
+                f"the stream is longer than the {limit} frames that this file takes (a table of the model ends there, "
+                "or the room that it was exported with); start a new one",
             )
 
     # -- state -------------------------------------------------------------------------------------------------------
@@ -581,7 +382,7 @@ class OnnxStep:
         if set(state) != wanted:
             missing, unknown = sorted(wanted - set(state)), sorted(set(state) - wanted)
             raise StateError(f"the state is of another model: missing {missing}, unknown {unknown}")
-        arrays = [np.asarray(state[s["key"]]) for s in specs]
+        arrays = [_fitted(np.asarray(state[s["key"]]), s) for s in specs]
         counts = {a.shape[:1] for a in arrays}
         if len(counts) != 1 or counts == {()}:
             raise StateError("the state's arrays do not have the same number of lanes")
@@ -600,7 +401,7 @@ class OnnxStep:
         if lanes is None:
             buffers = self._room(count)
             buffers.copy(arrays)
-            buffers.now = _Now(buffers.now.current, tuple(held))
+            buffers.now = Now(buffers.now.current, tuple(held))
             self._buffers, self._spare = buffers, self._buffers
             return
         if self._buffers is None:
@@ -648,8 +449,8 @@ class OnnxStep:
         if frames_per_step not in (None, self.frames_per_step):
             raise self._whole(frames_per_step or 0)
         inputs = []
-        for info, rate in zip(self.meta["inputs"], self._rates, strict=True):
-            shape = [s for s in self._model_shape(info, self.frames_per_step * rate) if s is not None]
+        for info, rate in zip(self.meta["inputs"], self._arrays.rates, strict=True):
+            shape = [s for s in self._arrays.model_shape(info, self.frames_per_step * rate) if s is not None]
             axes = info["model_axes"]
             inputs.append(LaneAxes(info["name"], tuple(shape), info["dtype"], axes["batch"], axes["time"], rate))
         outputs = [(o["model_axes"]["batch"], o["model_axes"]["time"]) for o in self.meta["outputs"]]
@@ -658,7 +459,7 @@ class OnnxStep:
             inputs,
             outputs,
             self.meta["flush_calls"],
-            lambda lanes: self._blank(lanes, self._untimed_zeros(lanes)),
+            lambda lanes: self._arrays.blank(lanes, self._arrays.untimed_zeros(lanes)),
             self.forward_steps,
             np.copy,
             self._mark,
@@ -676,16 +477,11 @@ class OnnxStep:
 
         return back
 
-    def _untimed_zeros(self, lanes: int) -> list[Array]:
-        shapes = [(self._model_shape(i, 0), i) for i in self.meta["inputs"] if not i["frames_per_tick"]]
-        return [np.zeros([lanes if s is None else s for s in shape], i["dtype"]) for shape, i in shapes]
-
     @property
     def outputs(self) -> list[dict[str, Any]]:
         """Name, delay, receptive field, stride, padding and equivalence of every output."""
-        numbers = ("delay", "receptive_field", "stride", "padding")
         return [
-            {"name": o["name"], **{n: _number(o[n]) for n in numbers}, "equivalence": o["equivalence"]}
+            {"name": o["name"], **{n: number(o[n]) for n in NUMBERS}, "equivalence": o["equivalence"]}
             for o in self.meta["outputs"]
         ]
 
@@ -713,6 +509,31 @@ class OnnxStep:
     def equivalence(self) -> str:
         """What holds for the first output."""
         return str(self.outputs[0]["equivalence"])
+
+
+def _fitted(array: Array, spec: Mapping[str, Any]) -> Array:
+    """A state with the room that a file has, where all of a stream is kept: its frames stand at the end.
+
+    Raises:
+        StateError: the stream is too long for the file.
+    """
+    axis = spec.get("grows")
+    if axis is None or array.ndim != len(spec["shape"]):
+        return array
+    missing = spec["shape"][axis] - array.shape[axis]
+    if missing >= 0:
+        return np.pad(array, [(missing * (d == axis), 0) for d in range(array.ndim)])
+    front = (slice(None),) * axis
+    if array[(*front, slice(0, -missing))].any():
+        raise StateError(f"{spec['key']} is too long for this file: export one with more room (longest=...)")
+    return array[(*front, slice(-missing, None))]
+
+
+def _otherwise(length: int) -> str:
+    return (
+        f"a stream of {length} frames cannot end here: at this length the model does otherwise than where it was "
+        "traced; compile(..., equivalence='clip') recomputes whole clips"
+    )
 
 
 def _indices(lanes: Any, total: int) -> Array:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -49,6 +49,7 @@ class Program:
     Attributes:
         module: the generated GraphModule, to look at and to transform.
         run: the same as a plain function, which is what runs.
+        graph, tensors: what runs as a graph, and what its get_attr nodes name.
         outputs: for each output leaf the frames that are returned.
         wants: which of "count" and "length" it takes.
         apart: it takes and returns the histories of large frames frame by frame (`StateSpec.apart`).
@@ -56,6 +57,8 @@ class Program:
 
     module: Any
     run: Callable[..., Any]
+    graph: Any
+    tensors: Mapping[str, torch.Tensor]
     outputs: list[OutputSpan]
     wants: tuple[str, ...]
     apart: bool = False

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 
 from .errors import StateError
 from .program import StateSpec
+
+if TYPE_CHECKING:
+    from .resident import Resident
 
 COUNT, BATCH = "count", "batch"
 
@@ -19,9 +23,10 @@ class StreamState:
         count: ticks consumed.
         batch: its batch size; None before the first frame, or where there is no batch axis.
         apart: what is kept, histories frame by frame as far as they are kept so; None if it is not in this form.
+        resident: what is kept, in the buffers of a backend; None if it is not there.
     """
 
-    __slots__ = ("_specs", "_tensors", "apart", "batch", "count")
+    __slots__ = ("_specs", "_tensors", "apart", "batch", "count", "resident")
 
     def __init__(
         self,
@@ -30,14 +35,17 @@ class StreamState:
         batch: int | None = None,
         apart: tuple[torch.Tensor, ...] | None = None,
         specs: Sequence[StateSpec] = (),
+        resident: Resident | None = None,
     ) -> None:
-        """`specs`: of what is kept, if it is given apart."""
-        self.count, self.batch, self.apart = count, batch, apart
+        """`specs`: of what is kept, if it is given apart or resident."""
+        self.count, self.batch, self.apart, self.resident = count, batch, apart, resident
         self._tensors, self._specs = tensors, specs
 
     @property
     def tensors(self) -> tuple[torch.Tensor, ...] | None:
         """What is kept, one tensor for each history; None before the first frame."""
+        if self._tensors is None and self.resident is not None:
+            self._tensors = tuple(join(self.resident.parts(), self._specs))
         if self._tensors is None and self.apart is not None:
             self._tensors = tuple(join(self.apart, self._specs))
         return self._tensors
@@ -52,8 +60,8 @@ def take_apart(tensors: Sequence[torch.Tensor], specs: Sequence[StateSpec]) -> t
 
 
 def _picture(frame: torch.Tensor) -> torch.Tensor:
-    """A frame as it lies in memory in mid-stream: channels last if it is a picture."""
-    return frame.contiguous(memory_format=torch.channels_last) if frame.dim() == 4 else frame.contiguous()
+    """A frame as it lies in memory in mid-stream: channels last."""
+    return frame.movedim(1, -1).contiguous().movedim(-1, 1) if frame.dim() > 2 else frame.contiguous()
 
 
 def join(parts: Sequence[torch.Tensor], specs: Sequence[StateSpec]) -> Iterator[torch.Tensor]:

@@ -13,6 +13,7 @@ from torch import nn
 from typer.testing import CliRunner
 
 from cofx import checkpoints, convert
+from cofx import compile as cofx_compile
 from cofx.cli import app
 from cofx.runtime.errors import InputError
 
@@ -32,8 +33,20 @@ MODELS = """
         def forward(self, x):
             return self.first(x).mean(2)
 
+    class Several(Net):
+        def forward(self, x):
+            return {"file": super().forward(x), "same": x}
+
+    class Keeps(nn.Module):
+        def forward(self, x):
+            y = x.mT
+            return nn.functional.scaled_dot_product_attention(y, y, y, is_causal=True).mT
+
     def fails():
         raise RuntimeError("in the factory")
+
+    def leaves():
+        raise SystemExit(0)
 
     class Branches(nn.Module):
         def forward(self, x):
@@ -119,6 +132,13 @@ def test_verify_and_its_exit_codes(folder: Path) -> None:
         ["..:x", *SHAPE],
         ["a:b:c", *SHAPE],
         ["os:getcwd", *SHAPE],
+        ["os:system", *SHAPE, "--kwargs", '{"command": "touch harmed.py"}'],
+        ["torch:os.system", *SHAPE, "--kwargs", '{"command": "touch harmed.py"}'],
+        ["builtins:__import__", *SHAPE, "--kwargs", '{"name": "this"}'],
+        ["cli_models:__builtins__.exec", *SHAPE],
+        ["__import__('os').system('touch harmed.py'):x", *SHAPE],
+        ["sub/cli_models:Net", *SHAPE],
+        ["cli_models:leaves", *SHAPE],
         ["/etc/passwd:x", *SHAPE],
         ["\0:x", *SHAPE],
         ["../../none.pt2", *SHAPE],
@@ -175,8 +195,12 @@ def test_convert_to_int8(folder: Path) -> None:
     assert not (folder / "other").exists()
 
 
-@pytest.mark.parametrize("failure", [RuntimeError("out of disk"), KeyboardInterrupt()], ids=str)
-def test_a_conversion_that_fails_leaves_what_was_there(folder: Path, monkeypatch, failure: BaseException) -> None:
+@pytest.mark.parametrize(
+    ("failure", "code"), [(RuntimeError("out of disk"), 4), (OSError("disk"), 2), (KeyboardInterrupt(), 130)], ids=str
+)
+def test_a_conversion_that_fails_leaves_what_was_there(
+    folder: Path, monkeypatch, failure: BaseException, code: int
+) -> None:
     (folder / "out").mkdir()
     (folder / "out/step.onnx").write_text("older")
 
@@ -184,10 +208,25 @@ def test_a_conversion_that_fails_leaves_what_was_there(folder: Path, monkeypatch
         raise failure
 
     monkeypatch.setattr(convert, "_write_program", fail)
-    assert CliRunner().invoke(app, ["convert", "cli_models:Net", *SHAPE, "-o", "out"]).exit_code != 0
+    cofx("convert", "cli_models:Net", *SHAPE, "-o", "out", code=code)
     assert [f.name for f in (folder / "out").iterdir()] == ["step.onnx"]
     assert (folder / "out/step.onnx").read_text() == "older"
     assert not [f for f in folder.iterdir() if f.name.startswith(".out")]
+
+
+def test_run_writes_every_output(folder: Path) -> None:
+    """By name, whatever that is."""
+    as_json("convert", "cli_models:Several", *SHAPE, "-o", "out")
+    np.save("x.npy", x := np.random.default_rng(0).standard_normal((1, 3, 200)).astype("float32"))
+    done = as_json("run", "out/step.onnx", "-i", "x.npy", "-o", "y.npz")
+    assert done["outputs"] == {"file": [1, 2, 99], "same": [1, 3, 200]} and done["frames"] == 99
+    with np.load("y.npz") as got, torch.no_grad():
+        import cli_models
+
+        torch.manual_seed(0)
+        np.testing.assert_array_equal(got["same"], x)
+        assert got["file"].shape == cli_models.Several()(torch.from_numpy(x))["file"].shape
+    assert "y.npz: file of shape (1, 2, 99)" in cofx("run", "out/step.onnx", "-i", "x.npy", "-o", "y.npz").stdout
 
 
 def test_run_tells_bad_files(folder: Path) -> None:
@@ -196,6 +235,78 @@ def test_run_tells_bad_files(folder: Path) -> None:
     cofx("run", "bad.onnx", "--input", "x.npy", code=2)
     cofx("run", "missing.onnx", "--input", "x.npy", code=2)
     assert not (folder / "output.npy").exists()
+
+
+def test_what_is_wrong_with_a_run_is_told_before_it_begins(folder: Path) -> None:
+    as_json("convert", "cli_models:Net", *SHAPE, "-o", "out")
+    np.save("x.npy", np.zeros((3, 9), "float32"))
+    np.save("flat.npy", np.zeros(9, "float32"))
+    np.save("other.npy", np.zeros((1, 4, 9), "float32"))
+    np.save("none.npy", np.zeros((3, 0), "float32"))
+    np.save("words.npy", np.array([["a"]]))
+    np.savez("x.npz", np.zeros(3))
+    Path("short.npy").write_bytes(Path("x.npy").read_bytes()[:90])
+    Path("huge.npy").write_bytes(Path("x.npy").read_bytes().replace(b"(3, 9)", b"(3, 9" + b"0" * 20 + b")"))
+    Path("text.mp4").write_text("no video")
+    before = sorted(folder.rglob("*"))
+    for arguments, words in [
+        (["-i", "x.npy", "-o", "y.txt"], "written as"),
+        (["-i", "x.npy", "-o", "nowhere/y.npy"], "nowhere is not a folder"),
+        (["-i", "x.npy", "-i", "x.npy"], "1 inputs (x), 2 recordings"),
+        (["-i", "flat.npy"], "takes (batch, 3, time)"),
+        (["-i", "other.npy"], "takes (batch, 3, time)"),
+        (["-i", "none.npy"], "no frames"),
+        (["-i", "words.npy"], "no array of numbers"),
+        (["-i", "x.npz"], "x.npz cannot be read"),
+        (["-i", "short.npy"], "short.npy cannot be read"),
+        (["-i", "huge.npy"], "huge.npy cannot be read"),
+        (["-i", "text.mp4"], "text.mp4 cannot be read"),
+        (["-i", "out"], "out is not a file"),
+    ]:
+        told = as_json("run", "out/step.onnx", *arguments, code=2)
+        assert words in told["error"] and told["kind"] == "wrong" and len(told["error"]) < 500
+    for arguments, words in [
+        (["--data", "x.npz"], "takes .npy"),
+        (["--data", "huge.npy"], "cannot be read"),
+        (["--data", "words.npy"], "no array of numbers"),
+        (["--data", "flat.npy"], "expected"),
+        (["--onnx", "x.npy"], "cannot be run"),
+        (["--onnx", "none.onnx"], "cannot be run"),
+    ]:
+        assert words in as_json("verify", "cli_models:Net", *SHAPE, *arguments, code=2)["error"]
+    assert sorted(f for f in folder.rglob("*") if "__pycache__" not in f.parts) == [
+        f for f in before if "__pycache__" not in f.parts
+    ]
+
+
+def test_all_that_is_kept_has_room_in_the_files(folder: Path) -> None:
+    """step.pt2 is compared as step.onnx is."""
+    done = as_json("convert", "cli_models:Keeps", *SHAPE, "-o", "out", "--longest", "90")
+    assert done["program"]["exact"] and done["onnx"]["exact"]
+    np.save("x.npy", x := np.random.default_rng(0).standard_normal((1, 3, 90)).astype("float32"))
+    assert as_json("run", "out/step.onnx", "-i", "x.npy")["frames"] == 90
+    np.save("x.npy", np.concatenate([x, x], 2))
+    assert "90" in as_json("run", "out/step.onnx", "-i", "x.npy", code=2)["error"]
+
+
+def test_a_program_that_is_wrong_is_not_shipped(folder: Path, monkeypatch) -> None:
+    write = convert._write_program
+
+    def other(step, *rest) -> None:
+        import cli_models
+
+        write(cofx_compile(cli_models.Net().eval(), torch.randn(1, 3, 20)), *rest)
+
+    monkeypatch.setattr(convert, "_write_program", other)
+    assert "step.pt2 by" in as_json("convert", "cli_models:Net", *SHAPE, "-o", "out", code=2)["error"]
+    assert not (folder / "out").exists()
+
+
+def test_what_was_not_foreseen_has_an_exit_code_of_its_own(folder: Path, monkeypatch) -> None:
+    monkeypatch.setattr(convert, "convert", lambda *_: 1 / 0)
+    told = cofx("convert", "cli_models:Net", *SHAPE, "-o", "out", "--json", code=4)
+    assert json.loads(told.stdout) == {"error": "ZeroDivisionError: division by zero", "kind": "failed"}
+    assert "Traceback" in told.stderr
 
 
 def test_run_on_sound(folder: Path) -> None:
@@ -210,7 +321,9 @@ def test_run_on_sound(folder: Path) -> None:
     Path("bad.wav").write_bytes(b"RIFF0000")
     assert "bad.wav cannot be read" in cofx("run", "out/step.onnx", "--input", "bad.wav", code=2).stderr
     soundfile.write("mono.wav", sound[:, 0], 8000)
-    assert "expected" in cofx("run", "out/step.onnx", "--input", "mono.wav", "-o", "none.npy", code=2).stderr
+    assert (
+        "takes (batch, 3, time)" in cofx("run", "out/step.onnx", "--input", "mono.wav", "-o", "none.npy", code=2).stderr
+    )
     assert not Path("none.npy").exists()
 
 

@@ -157,3 +157,66 @@ def test_a_table_is_read_to_its_end(entries: int, example: int, tmp_path) -> Non
             step.forward_step(x[:, :, t], ready=[True, True])
         with pytest.raises(cofx.InputError, match="longer than a table"):
             step.forward_step(x[:, :, entries], ready=[True, True])
+
+
+class Steps(nn.Module):
+    """Nearest interpolation back to the input's length repeats whole frames only where it is a multiple of n."""
+
+    def __init__(self, n: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv1d(3, 3, 2 * n - 1, n, n - 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.interpolate(self.conv(x), size=x.shape[2])
+
+
+FILES = {
+    "even": (Steps(2), 20, range(1, 90)),
+    "short": (threshold(20), 30, range(1, 90)),
+    "parity": (Net(lambda m, x: x * 2 if x.shape[2] % 2 else x * 3), 30, range(1, 130)),
+    "fixed": (Net(lambda m, x: F.interpolate(F.max_pool1d(x, 2), size=x.shape[2])), 20, range(20, 60)),
+    "none": (nn.Conv1d(3, 3, 3, stride=2), 20, range(1, 150)),
+}
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_file_refuses_the_ends_that_the_step_model_refuses(name: str, tmp_path) -> None:
+    """Those that were looked at and those beyond, told as a length and by a flush."""
+    model, example, lengths = FILES[name]
+    step = cofx.compile(model.eval(), X[:, :, :example])
+    step.to_onnx(tmp_path / "step.onnx")
+    mine = OnnxStep(tmp_path / "step.onnx")
+    size, refused = mine.frames_per_step, 0
+    for n in lengths:
+        try:
+            step.compiled.check_end(n)
+        except cofx.InputError:
+            refused += 1
+            with pytest.raises(cofx.InputError, match=f"stream of {n} frames cannot end"):
+                mine.forward_steps(X[:, :, :n].numpy(), pad_end=True)
+            with pytest.raises(cofx.InputError, match=f"lane 0: .*{n} frames cannot end"):
+                mine.forward_steps(X[:, :, :size].numpy(), length=[n])
+        else:
+            mine.forward_steps(X[:, :, :n].numpy(), pad_end=True, update_state=False)
+            mine.forward_steps(X[:, :, :size].numpy(), length=[n], update_state=False)
+        assert mine.get_state() == {}
+    assert (refused > 0) == (name != "none")
+
+
+def test_lanes_and_files_stop_at_a_branch(tmp_path) -> None:
+    model, lane = threshold(100), {"ready": [True]}
+    step = cofx.compile(model, X[:, :, :30])
+    step.to_onnx(tmp_path / "step.onnx")
+    mine, expected = OnnxStep(tmp_path / "step.onnx"), model(X[:, :, :100])
+    parts = [step.forward_step(X[:, :, t], **lane)[0] for t in range(100)]
+    torch.testing.assert_close(torch.stack(parts[1:], 2), expected[:, :, :-1])
+    with pytest.raises(cofx.InputError, match="lane 0: on more than 100 frames .*y = y.tanh"):
+        step.forward_step(X[:, :, 100], **lane)
+    last, valid = step.forward_step(X[:, :, 100], **lane, length=[100])
+    assert valid.all()
+    torch.testing.assert_close(last, expected[:, :, 99])
+    got = torch.from_numpy(mine.forward_steps(X[:, :, :100].numpy()))
+    torch.testing.assert_close(got, expected[:, :, :-1])
+    with pytest.raises(cofx.InputError, match="longer than the 100 frames"):
+        mine.forward_steps(X[:, :, 100:101].numpy())
+    torch.testing.assert_close(torch.from_numpy(mine.flush()), expected[:, :, 99:])

@@ -96,6 +96,47 @@ def test_lanes_and_onnx(tmp_path) -> None:
     torch.testing.assert_close(got, step.model(X), rtol=1e-4, atol=1e-5)
 
 
+class Everything(nn.Module):
+    """(batch, 3, time, 4, 5) -> the same: attention over all frames so far, at each place by itself."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        q = x.permute(0, 3, 4, 1, 2)[..., None]
+        return nn.functional.scaled_dot_product_attention(q, q, q, is_causal=True).squeeze(-1).permute(0, 3, 4, 1, 2)
+
+
+VIDEO = {
+    "all": Everything(),
+    "some": nn.Sequential(nn.Conv3d(3, 4, 3, padding=1), nn.ReLU(), nn.Conv3d(4, 2, 3, padding=(2, 1, 1))),
+}
+
+
+@pytest.mark.parametrize("name", VIDEO)
+def test_video_in_states_of_four_dimensions(name: str, tmp_path) -> None:
+    """Between PyTorch and ONNX Runtime, which have room for another number of frames each."""
+    path, model = tmp_path / "state", VIDEO[name].eval()
+    x = torch.randn(2, 3, 60, 4, 5, generator=torch.Generator().manual_seed(0))
+    step = cofx.compile(model, x[:1, :, :8])
+    step.to_onnx(tmp_path / "step.onnx", longest=60)
+    mine = OnnxStep(tmp_path / "step.onnx")
+    assert all(len(s["shape"]) <= 4 for s in mine.meta["states"])
+    parts, now = [], 0
+    for stop in (5, 7, 20, 41, 57, 60):
+        if now % 2:
+            part = torch.from_numpy(mine.forward_steps(x[:, :, now:stop].numpy()))
+            mine.save_state(path), step.load_state(path)
+        else:
+            part = step.forward_steps(x[:, :, now:stop])
+            step.save_state(path), mine.load_state(path)
+        parts, now = [*parts, part], stop
+    if (tail := mine.flush()) is not None:
+        parts.append(torch.from_numpy(tail))
+    torch.testing.assert_close(torch.cat(parts, 2), model(x), rtol=1e-4, atol=1e-5)
+    if name == "all":
+        step.to_onnx(tmp_path / "short.onnx", longest=30)
+        with pytest.raises(cofx.StateError, match="too long for this file"):
+            OnnxStep(tmp_path / "short.onnx").load_state(path)
+
+
 def test_a_place_where_no_lane_can_stand(tmp_path) -> None:
     torch.manual_seed(0)
     step = cofx.compile(nn.Conv1d(3, 2, 4, stride=4), X)

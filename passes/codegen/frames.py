@@ -4,8 +4,8 @@ A program keeps the frames of a value side by side in one tensor, and moves all 
 large that takes longer than to compute with them one by one, so here
 
 - a history comes and goes as one tensor for each frame, and is moved on by naming: nothing is copied,
-- a convolution over time is a sum of convolutions of frames, one for each tap (two-dimensional where it was three-
-  dimensional, for which the libraries have better kernels, above all where it is depthwise),
+- a convolution over time is a sum of convolutions of frames, one for each tap, that have a dimension less (for which
+  the libraries have better kernels, above all where it is depthwise),
 - what is elementwise, or looks at one frame alone, is computed on the frame.
 
 Everything else gets its frames stacked, and gives the numbers it gave before.
@@ -26,13 +26,17 @@ from .aliases import base
 
 aten = torch.ops.aten
 
-LARGE = 1 << 14  # bytes of a frame from which on moving it takes longer than a call
+LARGE = 1 << 13  # bytes of a frame from which on moving it takes longer than a call
 MOST = 32  # frames of a history that are kept one by one
 
 _POOLS: dict[Any, Any] = {
     aten.avg_pool3d.default: aten.avg_pool2d.default,
     aten.max_pool3d.default: aten.max_pool2d.default,
     aten.adaptive_avg_pool3d.default: aten.adaptive_avg_pool2d.default,
+}
+_CONVOLUTIONS: dict[Any, Any] = {  # of frames, in the place of those over time
+    aten.conv3d.default: aten.conv2d.default,
+    aten.conv2d.default: aten.conv1d.default,
 }
 _REDUCTIONS = (aten.mean.dim, aten.sum.dim_IntList, aten.amax.default, aten.amin.default)
 
@@ -146,11 +150,11 @@ class Apart:
             return self._cat(node)
         if node not in self.sizes:
             return None
-        if node.target is aten.conv3d.default:
-            return self._convolution(node, bind(node.target, node.args, node.kwargs))
-        if not any(isinstance(v, Frames) for v in given):
+        if not any(isinstance(v, Frames) for v in given) and node.target is not aten.conv3d.default:
             return None
         bound = bind(node.target, node.args, node.kwargs) if isinstance(node.target, torch._ops.OpOverload) else {}
+        if node.target in _CONVOLUTIONS:
+            return self._convolution(node, bound)
         if node.target is aten.slice.Tensor:
             return self._slice(node, bound)
         if node.target is aten.select.int:
@@ -191,9 +195,13 @@ class Apart:
     def _convolution(self, node: fx.Node, bound: dict[str, Any]) -> Frames | None:
         """The sum of its taps."""
         size, taken, weight = self.sizes[node], self.sizes[bound["input"]], bound["weight"]
-        if isinstance(bound["padding"], str) or weight.op != "get_attr" or len(size) != 5:
+        spatial = len(self.sizes[weight]) - 2
+        if isinstance(bound["padding"], str) or weight.op != "get_attr" or len(size) != spatial + 2:
             return None
-        stride, padding, dilation = (listed(bound[name], 3) for name in ("stride", "padding", "dilation"))
+        given = self.env[bound["input"]]
+        if isinstance(given, Frames) and given.axis != 2:
+            return None
+        stride, padding, dilation = (listed(bound[name], spatial) for name in ("stride", "padding", "dilation"))
         taps = self.sizes[weight][2]
         if size[2] != 1 or padding[0] or taps > MOST or taken[2] != dilation[0] * (taps - 1) + 1:
             return None
@@ -202,7 +210,7 @@ class Apart:
             tap = self._tap(weight, i)
             bias = None if i or bound["bias"] is None else self.plain(bound["bias"])
             made = self._call(
-                aten.conv2d.default, frame, tap, bias, stride[1:], padding[1:], dilation[1:], bound["groups"]
+                _CONVOLUTIONS[node.target], frame, tap, bias, stride[1:], padding[1:], dilation[1:], bound["groups"]
             )
             total = made if total is None else self._call(aten.add.Tensor, total, made)
         assert total is not None

@@ -55,6 +55,7 @@ class Key:
         capacity: ticks for which there is room in the state of values that are kept from their beginning on.
         endless: the stream does not end, so that windows reach outside at its start alone.
         apart: histories of large frames come and go frame by frame, see frames.py.
+        kernels: it may call kernels that are torch's alone, see kernels.py.
     """
 
     phase: int
@@ -67,6 +68,7 @@ class Key:
     capacity: int = 0
     endless: bool = False
     apart: bool = False
+    kernels: bool = True
 
 
 def state_specs(schedule: Schedule, capacity: int = 0) -> list[StateSpec]:
@@ -95,10 +97,10 @@ def state_specs(schedule: Schedule, capacity: int = 0) -> list[StateSpec]:
 
 
 def _large(value: Value) -> bool:
-    """Whether a frame of a value is a picture that takes longer to move than a call takes."""
+    """Whether a frame of a value has positions beside its channels, and takes longer to move than a call takes."""
     layout = value.layout.split()
     numbers = prod(f for d in layout for f in d if isinstance(f, int))
-    return len(layout) == 5 and numbers * value.dtype.itemsize >= LARGE
+    return len(layout) in (4, 5) and numbers * value.dtype.itemsize >= LARGE
 
 
 def carry_name(op: Op, carry: Carry) -> str:
@@ -760,10 +762,10 @@ def generate(plan: Plan, key: Key, device: torch.device, validity: bool = False)
     graph, tensors, done = b.graph, b.root, False
     if key.folded:
         apart = {b.states[s.name].name: s.apart for s in specs if s.apart is not None} if key.apart else None
-        lowered = Lowering(module, plan.constants, _arguments(b, plan, specs), device, apart)
+        lowered = Lowering(module, plan.constants, _arguments(b, plan, specs), device, apart, key.kernels)
         graph, tensors, done = lowered.graph, lowered.tensors, not apart or bool(lowered.size_of)
     wants = tuple(w for w in ("count", "length") if b.states[w].users)
-    return Program(module, flatten(graph, tensors), spans, wants, key.apart and done)
+    return Program(module, flatten(graph, tensors), graph, tensors, spans, wants, key.apart and done)
 
 
 def _arguments(b: Builder, plan: Plan, specs: list[StateSpec]) -> list[tuple[tuple[int, ...], torch.dtype]]:

@@ -1,4 +1,4 @@
-"""The kernels of torch's CPU build for pictures: which computes a convolution of one frame, and what else it takes in.
+"""The kernels of torch's CPU build for frames: which computes a convolution of one frame, and what else it takes in.
 
 - 1 x 1: a matrix product of the frame's pixels (channels last, so that they are rows) with the transposed weight; taps
   are added up by the product itself.
@@ -36,6 +36,8 @@ ACTIVATIONS: dict[Any, str] = {
 }
 
 
+_POSITIONS: dict[Any, int] = {aten.conv1d.default: 1, aten.conv2d.default: 2}  # dimensions beside the channels
+
 IN_PLACE: dict[Any, Any] = {
     aten.relu.default: aten.relu_.default,
     aten.silu.default: aten.silu_.default,
@@ -44,7 +46,7 @@ IN_PLACE: dict[Any, Any] = {
 
 
 def choose_kernels(lowering: Lowering, inputs: Container[str]) -> None:
-    """Put kernels in the place of the two-dimensional convolutions of a graph without gradients.
+    """Put kernels in the place of the convolutions of frames in a graph without gradients.
 
     Args:
         lowering: what is to be changed.
@@ -55,13 +57,13 @@ def choose_kernels(lowering: Lowering, inputs: Container[str]) -> None:
 
 
 class Pictures:
-    """The convolutions of pictures in a graph, as kernels."""
+    """The convolutions of single frames in a graph, as kernels."""
 
     def __init__(self, lowering: Lowering, inputs: Container[str]) -> None:
         self.lowering, self.graph, self.size = lowering, lowering.graph, lowering.size_of
         self.fresh: set[fx.Node] = set()  # results of kernels, which nothing else looks at
         for node in list(self.graph.nodes):
-            if node.target is aten.conv2d.default and self._fits(node):
+            if node.target in _POSITIONS and self._fits(node):
                 self._convolution(node)
         for node in list(self.graph.nodes):
             if node.target is aten.add.Tensor:
@@ -82,8 +84,9 @@ class Pictures:
         given = bind(node.target, node.args, node.kwargs)
         weight, bias = self.lowering.held(given["weight"]), self.lowering.held(given["bias"])
         plain = weight is not None and weight.dtype is torch.float32 and not isinstance(given["padding"], str)
-        pictures = len(self.size.get(node, ())) == len(self.size.get(given["input"], ())) == 4
-        return plain and pictures and (given["bias"] is None or bias is not None)
+        rank = _POSITIONS[node.target] + 2
+        batched = len(self.size.get(node, ())) == len(self.size.get(given["input"], ())) == rank
+        return plain and batched and (given["bias"] is None or bias is not None)
 
     def _replace(self, node: fx.Node, made: fx.Node) -> None:
         if node in self.size:
@@ -95,32 +98,37 @@ class Pictures:
         given = bind(node.target, node.args, node.kwargs)
         weight = self.lowering.held(given["weight"])
         assert weight is not None
-        stride, padding, dilation = (listed(given[k], 2) for k in ("stride", "padding", "dilation"))
+        spatial = _POSITIONS[node.target]
+        stride, padding, dilation = (listed(given[k], spatial) for k in ("stride", "padding", "dilation"))
         with self.graph.inserting_before(node):
-            if tuple(weight.shape[2:]) == (1, 1) and given["groups"] == 1 and not any(padding):
+            if all(k == 1 for k in weight.shape[2:]) and given["groups"] == 1 and not any(padding):
                 made = self._product(given, weight, stride)
-            else:
+            elif spatial == 2:
                 made = self._packed(given, weight, stride, padding, dilation)
+            else:
+                return
         self._replace(node, made)
 
     def _product(self, given: dict[str, Any], weight: torch.Tensor, stride: list[int]) -> fx.Node:
         """Pixels times weights: (pixels, in) x (in, out)."""
         call, x = self.lowering.call, given["input"]
-        batch, _, high, wide = self.size[x]
-        for axis, step in ((2, stride[0]), (3, stride[1])):
+        picture = list(self.size[x][2:])
+        for axis, step in enumerate(stride, 2):
             if step > 1:
                 x = call(aten.slice.Tensor, x, axis, 0, 1 << 40, step)
-        high, wide = -(-high // stride[0]), -(-wide // stride[1])
+        picture = [-(-size // step) for size, step in zip(picture, stride, strict=True)]
+        n = len(picture)
         turned = self.lowering.derived("pixels", [weight], lambda: weight.flatten(1).t().contiguous())
-        rows = call(aten.reshape.default, call(aten.permute.default, x, [0, 2, 3, 1]), [-1, weight.shape[1]])
+        rows = call(aten.permute.default, x, [0, *range(2, n + 2), 1])
+        rows = call(aten.reshape.default, rows, [-1, weight.shape[1]])
         if given["bias"] is None:
             found = call(aten.mm.default, rows, turned)
         else:
             found = call(aten.addmm.default, given["bias"], rows, turned)
-        shaped = call(aten.reshape.default, found, [-1, high, wide, weight.shape[0]])
-        picture: fx.Node = call(aten.permute.default, shaped, [0, 3, 1, 2])
-        picture.meta["product"] = rows, turned, found
-        return picture
+        shaped = call(aten.reshape.default, found, [-1, *picture, weight.shape[0]])
+        made: fx.Node = call(aten.permute.default, shaped, [0, n + 1, *range(1, n + 1)])
+        made.meta["product"] = rows, turned, found
+        return made
 
     def _packed(
         self, given: dict[str, Any], weight: torch.Tensor, stride: list[int], padding: list[int], dilation: list[int]

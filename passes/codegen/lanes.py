@@ -48,6 +48,7 @@ MIXED = -2  # they share a dimension with something else
 Place = int | None  # or the dimension that they have to themselves; None: it is the same for all lanes
 
 POSITION = "position"
+KEPT_RANK = 4  # dimensions that a state has at the most
 
 # what they make depends on sizes alone, whatever tensor they are called on
 _FACTORIES = {aten.new_full.default, aten.new_zeros.default, aten.new_ones.default, aten.new_empty.default}
@@ -127,13 +128,14 @@ def lane_schedule(plan: Plan) -> Schedule:
 
 
 def lane_state_specs(schedule: Schedule, capacity: int = 0) -> list[StateSpec]:
-    """What a lane program keeps: `state_specs` with lanes first, after the position."""
+    """What a lane program keeps: `state_specs` with lanes first, after the position, in at most four dimensions."""
     holds = "ticks so far, and the stream's length + 1 once it is known"
     specs = [StateSpec(POSITION, ((1, 0), (0, 2)), torch.int64, holds)]
     for spec, layout in zip(state_specs(schedule, capacity), state_layouts(schedule, capacity), strict=True):
-        sizes = [(0, s) for s in _lane_shape(layout)]
-        grows = None if spec.grows is None else spec.grows + 1 - any(d == (BATCH,) for d in layout.dims[: spec.grows])
-        specs.append(StateSpec(spec.name, ((1, 0), *sizes), spec.dtype, spec.holds, grows))
+        grows = None if spec.grows is None else spec.grows - any(d == (BATCH,) for d in layout.dims[: spec.grows])
+        sizes, grows = _merged(_lane_shape(layout), grows)
+        grows = None if grows is None else grows + 1
+        specs.append(StateSpec(spec.name, ((1, 0), *((0, s) for s in sizes)), spec.dtype, spec.holds, grows))
     return specs
 
 
@@ -152,8 +154,20 @@ def _lane_shape(layout: Layout) -> list[int]:
     return [math.prod(f for f in d if isinstance(f, int)) for d in layout if d != (BATCH,)]
 
 
+def _merged(sizes: list[int], grows: int | None) -> tuple[list[int], int | None]:
+    """Three dimensions at most, as many runtimes want them: neighbours are made one, but not the one that grows."""
+    sizes = list(sizes)
+    while len(sizes) > KEPT_RANK - 1:
+        if grows is None or grows < len(sizes) - 2:
+            sizes[-2:] = [sizes[-2] * sizes[-1]]
+        else:
+            sizes[:2] = [sizes[0] * sizes[1]]
+            grows -= 1
+    return sizes, grows
+
+
 def to_lanes_first(tensor: torch.Tensor, layout: Layout, lanes: int) -> torch.Tensor:
-    """A program's state as lane programs keep it."""
+    """A program's state with lanes in front, its other dimensions as they were."""
     at = next((i for i, d in enumerate(layout) if BATCH in d), None)
     if at is None:
         return tensor.unsqueeze(0).expand(lanes, *tensor.shape)
@@ -164,12 +178,12 @@ def to_lanes_first(tensor: torch.Tensor, layout: Layout, lanes: int) -> torch.Te
 
 
 def from_lanes_first(tensor: torch.Tensor, layout: Layout) -> torch.Tensor:
-    """The inverse of `to_lanes_first`."""
+    """The inverse of `to_lanes_first`, of a tensor whose other dimensions may have been made one."""
     at = next((i for i, d in enumerate(layout) if BATCH in d), None)
-    if at is None:
-        return tensor[0]
-    before, after = _around_batch(layout[at])
     sizes = _lane_shape(layout)
+    if at is None:
+        return tensor[0].reshape(sizes)
+    before, after = _around_batch(layout[at])
     head, tail = sizes[:at], sizes[at + (layout[at] != (BATCH,)) :]
     parted = tensor.reshape(len(tensor), *head, before, after, *tail).movedim(0, at + 1)
     return parted.reshape(*head, before * len(tensor) * after, *tail)
@@ -221,6 +235,15 @@ def generate_lanes(
         except Ambiguous:
             pass
     return build(in_front=True).program()
+
+
+def generate_exported(plan: Plan, ticks: int, device: torch.device, controls: bool, capacity: int) -> LaneProgram:
+    """The lane program as files hold it: lanes first everywhere, and room for `capacity` ticks and the flush calls
+    after them, where all of a stream is kept."""
+    schedule = lane_schedule(plan)
+    room = capacity and -(-capacity // ticks) * ticks + flush_calls(schedule, plan.outputs, ticks) * ticks
+    with torch.no_grad():
+        return generate_lanes(plan, ticks, device, controls=controls, batch_first=True, capacity=room)
 
 
 def flush_calls(schedule: Schedule, outputs: Sequence[Leaf], ticks: int) -> int:
@@ -358,8 +381,8 @@ class _Build:
             if name in self.wanted:
                 self.env[self.wanted[name]], self.places[self.wanted[name]] = node, FRONT
         inputs = [self._input(i, node, ready) for i, node in enumerate(given)]
-        for inner, node, layout in zip(self.states, kept, layouts, strict=True):
-            self._state_in(inner, node, layout)
+        for inner, node, layout, spec in zip(self.states, kept, layouts, specs[1:], strict=True):
+            self._state_in(inner, node, layout, spec)
         for node in nodes:
             if node.op != "output" and node not in self.env:
                 self.about = node.meta.get("cofx")
@@ -481,8 +504,11 @@ class _Build:
         node.meta["cofx"] = self.about
         return node
 
-    def _state_in(self, inner: fx.Node, node: fx.Node, layout: Layout) -> None:
+    def _state_in(self, inner: fx.Node, node: fx.Node, layout: Layout, spec: StateSpec) -> None:
         """Take a state in, lanes first, to where the program has them."""
+        sizes = _lane_shape(layout)
+        if len(spec.dims) < 1 + len(sizes):
+            node = self.emit(aten.reshape.default, node, [self.lanes(), *sizes])
         at = next((i for i, d in enumerate(layout) if BATCH in d), None)
         if at is None:
             self.env[inner], self.places[inner] = node, FRONT
@@ -496,7 +522,6 @@ class _Build:
             self.env[inner] = self.emit(aten.movedim.int, node, 0, at) if at else node
             self.places[inner] = at
         else:
-            sizes = _lane_shape(layout)
             node = self.emit(aten.reshape.default, node, [self.lanes(), *sizes[:at], before, after, *sizes[at + 1 :]])
             node = self.emit(aten.movedim.int, node, 0, at + 1)
             sizes = [*sizes[:at], -1, *sizes[at + 1 :]]
@@ -524,9 +549,12 @@ class _Build:
                 node = self.emit(aten.squeeze.dim, node, at + 1)
         elif place:
             node = self.emit(aten.movedim.int, node, place, 0)
+        kept = [n for _, n in spec.dims[1:]]
+        if len(kept) < len(sizes):
+            node = self.emit(aten.reshape.default, node, [self.lanes(), *kept])
         if ready is None:
             return self.emit(aten.clone.default, node, memory_format=torch.contiguous_format, name=f"{spec.name}_out")
-        shaped = self.emit(aten.reshape.default, ready, [-1, *[1] * len(sizes)]) if sizes else ready
+        shaped = self.emit(aten.reshape.default, ready, [-1, *[1] * len(kept)]) if kept else ready
         return self.emit(aten.where.self, shaped, node, old, name=f"{spec.name}_out")
 
     def _output(self, i: int, inner: fx.Node) -> tuple[fx.Node, LaneOutput]:

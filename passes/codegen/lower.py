@@ -47,6 +47,7 @@ class Lowering:
         arguments: Shapes,
         device: torch.device,
         apart: Mapping[str, int] | None = None,
+        kernels: bool = True,
     ) -> None:
         """
         Args:
@@ -56,6 +57,7 @@ class Lowering:
             device: where it runs.
             apart: the states that come and go frame by frame, with their dimension of frames; None if the program is
                 not for mid-stream.
+            kernels: it may call kernels that are torch's alone.
         """
         self.constants, self.made = constants, constants.made
         self.fast = apart is not None  # also by ways that take more multiply-adds, which nobody then counts
@@ -73,7 +75,7 @@ class Lowering:
         for node in list(self.graph.nodes):
             if node.target in CONVOLUTIONS:
                 self.convolution(node)
-        if apart and device.type == "cpu":
+        if apart and kernels and device.type == "cpu":
             choose_kernels(self, self.inputs)
         self.graph.eliminate_dead_code()
 

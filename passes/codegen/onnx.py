@@ -22,15 +22,15 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
+from ...runtime.onnx_meta import FORMAT
 from ..errors import CompileError, user_frame
 from ..schedule_delays import Schedule
-from .lanes import LaneProgram, flush_calls, generate_lanes, lane_schedule, model_axes
+from .lanes import LaneProgram, generate_exported, lane_schedule, model_axes
 from .onnx_decompositions import decompositions
 
 if TYPE_CHECKING:
     from ..pipeline import Plan
 
-FORMAT = 1  # of the metadata
 OPSET = 18
 OUTER = "cofx::"  # before the names of inputs and outputs until they are told from the graph's own
 LARGEST = 2_000_000_000  # bytes in one file
@@ -107,15 +107,13 @@ def export_onnx(
     """
     import onnx
 
-    ticks = lane_schedule(plan).period if ticks is None else ticks
     schedule = lane_schedule(plan)
-    room = capacity and -(-capacity // ticks) * ticks + flush_calls(schedule, plan.outputs, ticks) * ticks
+    ticks = schedule.period if ticks is None else ticks
     device = next((t.device for t in plan.constants.tensors.values()), torch.device("cpu"))
-    with torch.no_grad():
-        program = generate_lanes(plan, ticks, device, controls=controls, batch_first=True, capacity=room)
+    program = generate_exported(plan, ticks, device, controls, capacity)
     names = _names(plan, program, controls)
     model = _convert(plan, program, names, controls, dynamic_batch, OPSET if opset is None else opset)
-    _describe(model, plan, program, names, about | {"limit": _limit(schedule, capacity)}, controls)
+    _describe(model, plan, program, names, about | {"limit": _limit(plan, schedule, capacity)}, controls)
     _save(onnx, model, os.fspath(path))
 
 
@@ -156,7 +154,7 @@ def _convert(
     batched = [i.batch is not None for i in program.inputs] + [True] * (len(arguments) - len(program.inputs))
     dims = [{0: torch.export.Dim("batch", min=1)} if b and dynamic_batch else {} for b in batched]
     step = _Step(program, controls).eval()
-    with torch.no_grad(), _quiet():
+    with torch.no_grad(), quiet():
         try:
             exported = torch.export.export(step, tuple(arguments), dynamic_shapes=(tuple(dims),), strict=False)
             if table := decompositions(exported.graph):
@@ -170,7 +168,7 @@ def _convert(
                 verbose=False,
             )
         except torch.onnx.errors.OnnxExporterError as error:
-            raise OnnxError(_blame(plan, error)) from error
+            raise blame(plan, error) from error
     assert converted is not None
     model = converted.model_proto
     _rename(model.graph, _final_names(model.graph))
@@ -224,8 +222,8 @@ def _example(shape: Sequence[int], batch: int | None, dtype: torch.dtype, lanes:
     return torch.zeros(sizes, dtype=dtype, device=device)
 
 
-def _blame(plan: Plan, error: BaseException) -> str:
-    """The ops that have no ONNX form, from what the exporter says, and the user's lines that call them."""
+def blame(plan: Plan, error: BaseException) -> OnnxError:
+    """An error that names the ops that have no ONNX form, from what the exporter says, and the user's lines."""
     chain, said = error, []
     while chain is not None:
         said.append(str(chain))
@@ -238,7 +236,7 @@ def _blame(plan: Plan, error: BaseException) -> str:
         for n in plan.graph.nodes
         if n.op == "call_function" and any(part.replace("_", "") in named for part in str(n.target).split(".")[1:2])
     }
-    return "\n    at      ".join([f"the step program has no ONNX form: {text}", *filter(None, lines)])
+    return OnnxError("\n    at      ".join([f"the step program has no ONNX form: {text}", *filter(None, lines)]))
 
 
 def _describe(
@@ -281,6 +279,7 @@ def _describe(
             "key": s.name,
             "shape": ["batch", *s.shape(1)[1:]],
             "dtype": _dtype(s.dtype),
+            "grows": s.grows,
             "holds": s.holds,
         }
         for i, o, s in zip(names.states_in, names.states_out, program.states, strict=True)
@@ -301,9 +300,11 @@ def _describe(
     entry.key, entry.value = "cofx", json.dumps(meta)
 
 
-def _limit(schedule: Schedule, capacity: int) -> int | None:
-    """Ticks that a stream may have before a table of positions runs out, or there is no more room for it."""
+def _limit(plan: Plan, schedule: Schedule, capacity: int) -> int | None:
+    """Ticks that a stream may have before a table of positions runs out, there is no more room for it, or the model
+    would do otherwise than where it was traced."""
     limits = [capacity] if capacity else []
+    limits += [] if plan.limit is None else [plan.limit[0]]
     for op in schedule.graph.ops:
         if op.limit is not None:
             n = 0
@@ -345,7 +346,7 @@ def _save(onnx: Any, model: Any, path: str) -> None:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """What the exporter tells of its work is not the caller's business."""
     loggers = [logging.getLogger(n) for n in ("torch.onnx", "onnxscript", "torch.export")]
     levels = [logger.level for logger in loggers]

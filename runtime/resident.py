@@ -1,0 +1,205 @@
+"""Step programs in ONNX Runtime whose state stays in ONNX Runtime's buffers.
+
+The state of a program is a row of parts: a frame of a history, or a whole state. Each part lies in a buffer. A step
+reads the buffers of all parts and writes what is new into buffers in which no part lies, so that a call that fails has
+changed nothing; what it only passes on (an older frame of a history) stays where it is and becomes another part.
+Buffers are bound once for each way in which the parts come to lie: the ways recur, as every history goes round in its
+buffers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import onnxruntime as ort
+import torch
+
+WAYS = 512  # bindings that are kept
+
+
+@dataclass(frozen=True)
+class Passed:
+    """A part of the state after a step that is one of the state before: the part of that number."""
+
+    part: int
+
+
+@dataclass(frozen=True)
+class Made:
+    """A part of the state after a step, or an output, that the graph computes: its output of that number."""
+
+    number: int
+
+
+@dataclass(frozen=True)
+class SessionProgram:
+    """A step program as a session.
+
+    Attributes:
+        session: its inputs are the frames and the parts of the state, its outputs what it makes.
+        results: for each output leaf which of its outputs that is; None where nothing is due.
+        after: where each part of the state after comes from.
+    """
+
+    session: ort.InferenceSession
+    results: tuple[Made | None, ...]
+    after: tuple[Passed | Made, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class Resident:
+    """The state of a stream in a set of buffers.
+
+    Attributes:
+        home: whose buffers.
+        at: the number of the buffer of each part.
+    """
+
+    home: Residence
+    at: tuple[int, ...]
+
+    def parts(self) -> tuple[torch.Tensor, ...]:
+        """Copies of all parts."""
+        return self.home.read(self)
+
+
+class Residence:
+    """The programs of a step in mid-stream, one for each phase, with the buffers in which they work.
+
+    One state at a time lives here: what `step` returns is valid until the second `step` after it.
+    """
+
+    def __init__(
+        self,
+        programs: Mapping[int, SessionProgram],
+        frames: Sequence[torch.Tensor],
+        parts: Sequence[torch.Tensor],
+        groups: Sequence[int],
+    ) -> None:
+        """
+        Args:
+            programs: by their phase.
+            frames: of the shapes and dtypes that the inputs have.
+            parts: likewise, of the state.
+            groups: for each part which history or state it belongs to.
+        """
+        self.programs = programs
+        self.frames = [torch.zeros_like(x, memory_format=torch.contiguous_format) for x in frames]
+        self.frame_values = [_value(x) for x in self.frames]
+        self.groups = tuple(groups)
+        self.buffers: list[torch.Tensor] = []
+        self.values: list[ort.OrtValue] = []
+        self.rings: dict[int, list[int]] = {}
+        for part, group in zip(parts, groups, strict=True):
+            self._buffer(group, part)
+        last = dict(zip(groups, parts, strict=True))
+        for group, part in last.items():
+            new = max(
+                sum(isinstance(a, Made) and g == group for a, g in zip(p.after, groups, strict=True))
+                for p in programs.values()
+            )
+            for _ in range(new):
+                self._buffer(group, part)
+        self.outputs: dict[tuple[int, int], tuple[torch.Tensor, ort.OrtValue]] = {}
+        self.ways: dict[tuple[int, tuple[int, ...]], tuple[ort.IOBinding, Resident]] = {}
+        self.live: tuple[Resident | None, Resident | None] = None, None
+
+    def _buffer(self, group: int, like: torch.Tensor) -> None:
+        self.rings.setdefault(group, []).append(len(self.buffers))
+        self.buffers.append(torch.zeros_like(like, memory_format=torch.contiguous_format))
+        self.values.append(_value(self.buffers[-1]))
+
+    def load(self, parts: Sequence[torch.Tensor]) -> Resident:
+        """Take in a state."""
+        places = {group: iter(ring) for group, ring in self.rings.items()}
+        at = tuple(next(places[g]) for g in self.groups)
+        for i, part in zip(at, parts, strict=True):
+            self.buffers[i].copy_(part)
+        state = Resident(self, at)
+        self.live = state, None
+        return state
+
+    def read(self, state: Resident) -> tuple[torch.Tensor, ...]:
+        """Copies of all parts of a state."""
+        if not any(state is s for s in self.live):
+            raise AssertionError("a state of long ago")
+        return tuple(self.buffers[i].clone() for i in state.at)
+
+    def step(self, phase: int, frames: Sequence[torch.Tensor], state: Resident) -> tuple[list[Any], Resident]:
+        """The outputs, which are the caller's, and the state after; None where nothing is due."""
+        way = self.ways.get((phase, state.at)) or self._way(phase, state.at)
+        for mine, given in zip(self.frames, frames, strict=True):
+            mine.copy_(given)
+        program = self.programs[phase]
+        after = Resident(self, way[1].at)
+        self.live = state, after
+        program.session.run_with_iobinding(way[0])
+        outputs = [None if r is None else self.outputs[phase, r.number][0].clone() for r in program.results]
+        return outputs, after
+
+    def _way(self, phase: int, at: tuple[int, ...]) -> tuple[ort.IOBinding, Resident]:
+        """The binding for parts that lie like this, and where they lie after it."""
+        program = self.programs[phase]
+        after = self._after(program, at)
+        binding = program.session.io_binding()
+        given = [*self.frame_values, *(self.values[i] for i in at)]
+        for argument, value in zip(program.session.get_inputs(), given, strict=True):
+            binding.bind_ortvalue_input(argument.name, value)
+        written = {a.number: self.values[i] for a, i in zip(program.after, after, strict=True) if isinstance(a, Made)}
+        for number, made in enumerate(program.session.get_outputs()):
+            if number not in written:
+                if (phase, number) not in self.outputs:
+                    held = torch.zeros([int(n) for n in made.shape], dtype=_DTYPES[made.type])
+                    self.outputs[phase, number] = held, _value(held)
+                written[number] = self.outputs[phase, number][1]
+            binding.bind_ortvalue_output(made.name, written[number])
+        if len(self.ways) >= WAYS:
+            del self.ways[next(iter(self.ways))]
+        way = self.ways[phase, at] = binding, Resident(self, after)
+        return way
+
+    def _after(self, program: SessionProgram, at: tuple[int, ...]) -> tuple[int, ...]:
+        """Where the parts lie after a step: what is new goes on round the ring of its history."""
+        used = set(at)
+        newest = dict(zip(self.groups, at, strict=True))
+        after = []
+        for source, group in zip(program.after, self.groups, strict=True):
+            if isinstance(source, Passed):
+                after.append(at[source.part])
+                continue
+            ring = self.rings[group]
+            place = ring.index(newest[group])
+            free = next(i for i in (*ring[place + 1 :], *ring[: place + 1]) if i not in used)
+            used.add(free)
+            newest[group] = free
+            after.append(free)
+        return tuple(after)
+
+
+_DTYPES = {
+    "tensor(float)": torch.float32,
+    "tensor(double)": torch.float64,
+    "tensor(float16)": torch.float16,
+    "tensor(int64)": torch.int64,
+    "tensor(int32)": torch.int32,
+    "tensor(int16)": torch.int16,
+    "tensor(int8)": torch.int8,
+    "tensor(uint8)": torch.uint8,
+    "tensor(bool)": torch.bool,
+}
+
+
+def _value(tensor: torch.Tensor) -> ort.OrtValue:
+    """A tensor's own memory as ONNX Runtime sees it."""
+    return ort.OrtValue.ortvalue_from_numpy(tensor.numpy())
+
+
+def session(model: bytes | str, threads: int) -> ort.InferenceSession:
+    """A session of a model, or of the file that holds one."""
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.inter_op_num_threads = 1
+    options.log_severity_level = 3
+    return ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])

@@ -1,0 +1,199 @@
+"""Steps in mid-stream by other backends than torch's own kernels."""
+
+import copy
+import json
+
+import pytest
+import torch
+from torch import nn
+
+import cofx
+from cofx import backends
+from cofx.runtime.errors import InputError
+from contract import compile_case, run_check
+from models import SAMPLES
+
+ort = pytest.importorskip("onnxruntime")
+STEPS = ("steps", "purity", "snapshot", "aliasing", "clean")
+
+
+def chosen(step):
+    return set(step.compiled._chosen.values())
+
+
+@pytest.mark.filterwarnings("ignore:steps run eagerly")
+@pytest.mark.parametrize(
+    "sample",
+    [pytest.param(s, marks=[pytest.mark.slow] if i % 9 else []) for i, s in enumerate(SAMPLES)],
+    ids=lambda s: s.name,
+)
+def test_collection_in_onnx_runtime(sample):
+    case = compile_case(sample, backend="onnxruntime")
+    for check in STEPS:
+        run_check(case, check)
+
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Conv1d(3, 8, 3, padding=1), nn.Conv1d(8, 4, 5, stride=2)
+
+    def forward(self, x):
+        return self.b(torch.relu(self.a(x)))
+
+
+def net():
+    torch.manual_seed(0)
+    return Net().eval()
+
+
+CLIP = torch.randn(1, 3, 40)
+
+
+def steps(step, frames):
+    return [step.forward_step(x) for x in frames.unbind(2)]
+
+
+def same(got, want):
+    assert [y is None for y in got] == [y is None for y in want]
+    for a, b in zip(got, want, strict=True):
+        if a is not None:
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("backend", ["onnxruntime", "inductor"])
+@torch.no_grad()
+def test_steps_chunks_and_snapshots_in_turn(backend):
+    model = net()
+    step, plain = cofx.compile(model, CLIP, backend=backend), cofx.compile(model, CLIP)
+    clip = torch.randn(1, 3, 60)
+    same(steps(step, clip[:, :, :21]), steps(plain, clip[:, :, :21]))
+    snap = step.get_state()
+    chunk = clip[:, :, 21:30]
+    torch.testing.assert_close(step.forward_steps(chunk), plain.forward_steps(chunk), rtol=1e-4, atol=1e-5)
+    same(steps(step, clip[:, :, 30:45]), steps(plain, clip[:, :, 30:45]))
+    step.set_state(snap)
+    plain.set_state(snap)
+    same(steps(step, clip[:, :, 21:]), steps(plain, clip[:, :, 21:]))
+    same([step.flush()], [plain.flush()])
+    assert chosen(step) == {backend}
+
+
+@torch.no_grad()
+def test_a_step_that_is_not_taken_leaves_the_state():
+    step = cofx.compile(net(), CLIP, backend="onnxruntime")
+    steps(step, torch.randn(1, 3, 20))
+    before, x = step.get_state(), torch.randn(1, 3)
+    for _ in range(3):
+        step.forward_step(torch.randn(1, 3), update_state=False)
+    after = step.get_state()
+    assert all(torch.equal(before[k], after[k]) for k in before)
+    with pytest.raises(InputError):
+        step.forward_step(torch.randn(1, 4))
+    want = cofx.compile(step.model, CLIP)
+    want.set_state(before)
+    same([step.forward_step(x)], [want.forward_step(x)])
+
+
+@torch.no_grad()
+def test_a_failed_run_leaves_the_state(monkeypatch):
+    from cofx.runtime.resident import Residence
+
+    step = cofx.compile(net(), CLIP, backend="onnxruntime")
+    steps(step, torch.randn(1, 3, 20))
+    before, x = step.get_state(), torch.randn(1, 3)
+    real = Residence.step
+
+    def fails(self, *args):
+        real(self, *args)
+        raise MemoryError
+
+    monkeypatch.setattr(Residence, "step", fails)
+    with pytest.raises(MemoryError):
+        step.forward_step(x)
+    monkeypatch.undo()
+    after = step.get_state()
+    assert all(torch.equal(before[k], after[k]) for k in before)
+
+
+@torch.no_grad()
+def test_outputs_are_the_callers():
+    step = cofx.compile(net(), CLIP, backend="onnxruntime")
+    got = [y for y in steps(step, torch.randn(1, 3, 30)) if y is not None]
+    kept = [y.clone() for y in got]
+    steps(step, torch.randn(1, 3, 30))
+    assert all(torch.equal(a, b) for a, b in zip(got, kept, strict=True))
+
+
+@torch.no_grad()
+def test_another_batch_size_and_new_parameters():
+    model = net()
+    step = cofx.compile(model, CLIP, backend="onnxruntime")
+    steps(step, torch.randn(1, 3, 20))
+    step.clean_state()
+    clip = torch.randn(3, 3, 30)
+    same(steps(step, clip), steps(cofx.compile(model, CLIP), clip))
+    model.a.weight.mul_(2)
+    step.clean_state()
+    same(steps(step, clip), steps(cofx.compile(model, CLIP), clip))
+
+
+def test_gradients_are_torchs():
+    step = cofx.compile(net(), CLIP, backend="onnxruntime")
+    clip = torch.randn(1, 3, 20, requires_grad=True)
+    sum(y.sum() for y in steps(step, clip) if y is not None).backward()
+    assert clip.grad is not None and step.model.a.weight.grad is not None
+
+
+@torch.no_grad()
+def test_copies_go_on_by_themselves():
+    step = cofx.compile(net(), CLIP, backend="onnxruntime")
+    steps(step, torch.randn(1, 3, 20))
+    other, clip = copy.deepcopy(step), torch.randn(1, 3, 9)
+    same(steps(other, clip), steps(step, clip))
+
+
+@torch.no_grad()
+def test_auto_measures_once(tmp_path, monkeypatch):
+    monkeypatch.setenv("COFX_CACHE", str(tmp_path))
+    monkeypatch.setattr(backends, "_compiler", lambda: False)
+    step = cofx.compile(net(), CLIP, backend="auto")
+    (answer,) = json.loads((tmp_path / "backends.json").read_text()).values()
+    assert chosen(step) == {answer}
+    monkeypatch.setattr("cofx.compiled.fastest", lambda ways: pytest.fail("measured again"))
+    again = cofx.compile(net(), CLIP, backend="auto")
+    assert chosen(again) == {answer}
+    clip = torch.randn(1, 3, 30)
+    same(steps(again, clip), steps(cofx.compile(net(), CLIP), clip))
+
+
+@torch.no_grad()
+def test_auto_without_measuring(monkeypatch):
+    monkeypatch.setenv("COFX_MEASURE", "0")
+    assert chosen(cofx.compile(net(), CLIP, backend="auto")) == {"onnxruntime"}
+
+
+def test_unknown_backend():
+    with pytest.raises(InputError, match="backend is one of"):
+        cofx.compile(net(), CLIP, backend="cuda")
+
+
+class Growing(nn.Module):
+    def forward(self, x):
+        return nn.functional.scaled_dot_product_attention(x, x, x, is_causal=True)
+
+
+def test_what_only_runs_eagerly_says_so():
+    with pytest.warns(UserWarning, match="steps run eagerly, not by onnxruntime: what is kept grows"):
+        step = cofx.compile(Growing().eval(), torch.randn(1, 8, 4), time_dim=1, backend="onnxruntime")
+    assert chosen(step) == {"eager"}
+
+
+class NoForm(nn.Module):
+    def forward(self, x):
+        return torch.special.bessel_j0(x)
+
+
+def test_an_op_without_onnx_form():
+    with pytest.raises(cofx.CompileError, match="no ONNX form"), torch.no_grad():
+        cofx.compile(NoForm().eval(), CLIP, backend="onnxruntime")
