@@ -253,7 +253,8 @@ def _branch(
 
 def _in_steps(facts: Facts, captured: Capture, ticks: int) -> str | None:
     """The user's line at which a size does not follow the length as it does at the sample points: it goes in steps."""
-    point, known = Point(captured.points[0].batch, ticks), {}
+    point = Point(captured.points[0].batch, ticks)
+    known: dict[Value, int] = {}
 
     def length(value: Value) -> int:
         if value not in known:
