@@ -38,12 +38,12 @@ class SessionProgram:
     """A step program as a session.
 
     Attributes:
-        session: its inputs are the frames and the parts of the state, its outputs what it makes.
+        session: its inputs are the frames and the parts of the state, its outputs what it makes; None if nothing is made.
         results: for each output leaf which of its outputs that is; None where nothing is due.
         after: where each part of the state after comes from.
     """
 
-    session: ort.InferenceSession
+    session: ort.InferenceSession | None
     results: tuple[Made | None, ...]
     after: tuple[Passed | Made, ...]
 
@@ -129,26 +129,28 @@ class Residence:
 
     def step(self, phase: int, frames: Sequence[torch.Tensor], state: Resident) -> tuple[list[Any], Resident]:
         """The outputs, which are the caller's, and the state after; None where nothing is due."""
-        way = self.ways.get((phase, state.at)) or self._way(phase, state.at)
+        program = self.programs[phase]
+        if program.session is None:
+            return [None] * len(program.results), state
+        way = self.ways.get((phase, state.at)) or self._way(program.session, phase, state.at)
         for mine, given in zip(self.frames, frames, strict=True):
             mine.copy_(given)
-        program = self.programs[phase]
         after = Resident(self, way[1].at)
         self.live = state, after
         program.session.run_with_iobinding(way[0])
         outputs = [None if r is None else self.outputs[phase, r.number][0].clone() for r in program.results]
         return outputs, after
 
-    def _way(self, phase: int, at: tuple[int, ...]) -> tuple[ort.IOBinding, Resident]:
+    def _way(self, session: ort.InferenceSession, phase: int, at: tuple[int, ...]) -> tuple[ort.IOBinding, Resident]:
         """The binding for parts that lie like this, and where they lie after it."""
         program = self.programs[phase]
         after = self._after(program, at)
-        binding = program.session.io_binding()
+        binding = session.io_binding()
         given = [*self.frame_values, *(self.values[i] for i in at)]
-        for argument, value in zip(program.session.get_inputs(), given, strict=True):
+        for argument, value in zip(session.get_inputs(), given, strict=True):
             binding.bind_ortvalue_input(argument.name, value)
         written = {a.number: self.values[i] for a, i in zip(program.after, after, strict=True) if isinstance(a, Made)}
-        for number, made in enumerate(program.session.get_outputs()):
+        for number, made in enumerate(session.get_outputs()):
             if number not in written:
                 if (phase, number) not in self.outputs:
                     held = torch.zeros([int(n) for n in made.shape], dtype=_DTYPES[made.type])
@@ -196,7 +198,7 @@ def _value(tensor: torch.Tensor) -> ort.OrtValue:
     return ort.OrtValue.ortvalue_from_numpy(tensor.numpy())
 
 
-def session(model: bytes | str, threads: int) -> ort.InferenceSession:
+def open_session(model: bytes | str, threads: int) -> ort.InferenceSession:
     """A session of a model, or of the file that holds one."""
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads

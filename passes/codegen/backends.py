@@ -48,7 +48,7 @@ def compile_session(
         OnnxError: an op has no ONNX form.
         ImportError: onnxruntime, onnx or onnxscript is not installed.
     """
-    from ...runtime.resident import Made, Passed, SessionProgram, session
+    from ...runtime.resident import Made, Passed, SessionProgram, open_session
 
     copy = fx.Graph()
     returned: Any = copy.graph_copy(graph, {})
@@ -62,6 +62,8 @@ def compile_session(
 
     results = tuple(None if y is None else output(y) for y in outputs)
     sources = tuple(Passed(parts.index(s)) if s in parts else output(s) for s in after)
+    if not made:
+        return SessionProgram(None, results, sources)
     copy.output(tuple(made))
     with torch.no_grad(), quiet():
         exported = torch.export.export(_module(copy, tensors), tuple(arguments), strict=False)
@@ -79,8 +81,8 @@ def compile_session(
 
             file = os.path.join(scratch, "step.onnx")
             onnx.save(model, file, save_as_external_data=True)
-            return SessionProgram(session(file, torch.get_num_threads()), results, sources)
-    return SessionProgram(session(model.SerializeToString(), torch.get_num_threads()), results, sources)
+            return SessionProgram(open_session(file, torch.get_num_threads()), results, sources)
+    return SessionProgram(open_session(model.SerializeToString(), torch.get_num_threads()), results, sources)
 
 
 def _module(graph: fx.Graph, tensors: Mapping[str, torch.Tensor]) -> fx.GraphModule:

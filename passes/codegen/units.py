@@ -148,7 +148,8 @@ class Units:
 
     def _reduction(self, node: fx.Node) -> fx.Node | None:
         """Of dimensions that are there in the other form too."""
-        bound = bind(node.target, node.args, node.kwargs)
+        target: Any = node.target
+        bound = bind(target, node.args, node.kwargs)
         given, dims = bound["self"], bound["dim"]
         if given not in self.sizes or not self._moved(given) or not dims or self._open(given) or self._open(node):
             return None
@@ -161,8 +162,8 @@ class Units:
         if not kept:
             self.env[node], self.source[node] = self.env[given], root
             return self.env[node]
-        args, kwargs = unbind(node.target, {**bound, "self": self.env[given], "dim": kept, "keepdim": True})
-        made = self.graph.call_function(node.target, args, kwargs)
+        args, kwargs = unbind(target, {**bound, "self": self.env[given], "dim": kept, "keepdim": True})
+        made = self.graph.call_function(target, args, kwargs)
         self._stand_in(node, made, root, kept)
         return made
 
@@ -181,12 +182,13 @@ def _kept(size: Sequence[int]) -> list[int]:
 
 def _in_order(node: fx.Node, size: Sequence[int]) -> bool:
     """Whether a view leaves the dimensions that are not of size 1 in their order."""
+    given: Any = node.args[1:]
     if node.target is aten.permute.default:
-        order = [d % len(size) for d in node.args[1]]  # type: ignore[union-attr]
+        order = [d % len(size) for d in given[0]]
     elif node.target is aten.transpose.int:
-        a, b = (d % len(size) for d in node.args[1:])  # type: ignore[operator]
+        one, two = (d % len(size) for d in given)
         order = list(range(len(size)))
-        order[a], order[b] = order[b], order[a]
+        order[one], order[two] = two, one
     else:
         return True
     moved = [d for d in order if size[d] != 1]
