@@ -38,7 +38,7 @@ class SessionProgram:
     """A step program as a session.
 
     Attributes:
-        session: its inputs are the frames and the parts of the state, its outputs what it makes; None if nothing is made.
+        session: takes the frames and the parts of the state, gives what is made; None if nothing is.
         results: for each output leaf which of its outputs that is; None where nothing is due.
         after: where each part of the state after comes from.
     """
