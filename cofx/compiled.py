@@ -479,6 +479,29 @@ class Compiled:
                     f"offline it gives {offline} frames where the stream has {streamed}\n    try     {hint}"
                 )
 
+    def known_ends(self) -> dict[str, Any]:
+        """At which lengths a stream may not end, for the metadata of a file: see `check_end`.
+
+        Lengths `first` to `last` were looked at one by one, `refused` are those of them where the model does otherwise
+        than where it was traced. Before and after that they repeat themselves after `every` (0: they do not).
+        """
+        traced, opened = self.plan.capture.points[0].ticks, self.plan.capture.symbolic_time
+        first = 1 if opened else traced  # with a fixed length each one takes a run on fake tensors
+        last = min(512, max(64, 2 * traced, 4 * self._period)) if opened else traced + 31
+        refused = set()
+        for length in range(first, last + 1):
+            try:
+                self.check_end(length)
+            except InputError:
+                refused.add(length)
+        middle = (first + last) // 2
+        for every in range(1, (last - middle) // 2 + 1):
+            if all((n in refused) == (n + every in refused) for n in range(middle, last - every + 1)):
+                break
+        else:
+            every = 0
+        return {"first": first, "last": last, "every": every, "refused": sorted(refused)}
+
     def join(self, parts: list[list[torch.Tensor]]) -> list[torch.Tensor | None]:
         """The frames of each output leaf in one tensor."""
         joined: list[torch.Tensor | None] = []

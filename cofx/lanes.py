@@ -198,29 +198,6 @@ class Lanes:
                     f"({branch or 'it cannot be run there'}); start a new stream with start",
                 )
 
-    def known_ends(self) -> dict[str, Any]:
-        """At which lengths a stream may not end, for the metadata of a file: see `check_end`.
-
-        Lengths `first` to `last` were looked at one by one, `refused` are those of them where the model does otherwise
-        than where it was traced. Before and after that they repeat themselves after `every` (0: they do not).
-        """
-        traced, opened = self.plan.capture.points[0].ticks, self.plan.capture.symbolic_time
-        first = 1 if opened else traced  # with a fixed length each one takes a run on fake tensors
-        last = min(512, max(64, 2 * traced, 4 * self.schedule.period)) if opened else traced + 31
-        refused = set()
-        for length in range(first, last + 1):
-            try:
-                self.compiled.check_end(length)
-            except InputError:
-                refused.add(length)
-        middle = (first + last) // 2
-        for every in range(1, (last - middle) // 2 + 1):
-            if all((n in refused) == (n + every in refused) for n in range(middle, last - every + 1)):
-                break
-        else:
-            every = 0
-        return {"first": first, "last": last, "every": every, "refused": sorted(refused)}
-
     def about(self) -> dict[str, Any]:
         """What holds for the outputs, for the metadata of a file; fractions as strings."""
         plan = dataclasses.replace(self.plan, schedule=self.schedule, timings={})
@@ -231,7 +208,7 @@ class Lanes:
             known = {n: _plain(getattr(timing, n)) if timing else 0 for n in numbers}
             outputs.append({**known, "equivalence": leaf.equivalence})
         return {"version": __version__, "fingerprint": self.fingerprint, **outputs[0], "outputs": outputs,
-                "ends": self.known_ends()}  # fmt: skip
+                "ends": self.compiled.known_ends()}  # fmt: skip
 
     def layout(self, ticks: int, call: Callable[..., Any], mark: Callable[[], Callable[[], None]]) -> LaneLayout:
         """How the arrays of ``forward_steps`` look, for `LanePool`."""

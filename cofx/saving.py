@@ -30,7 +30,7 @@ def save_step(step: StepModule, path: str | os.PathLike[str]) -> None:
     else:
         options = {"equivalence": step._equivalence, "newest": step._newest, "context": step._context}
         replaced = [str(r) for r in getattr(reference, "replaced", [])]
-        record, extra = encode_plan(compiled.plan, options, step._programs().known_ends(), replaced)
+        record, extra = encode_plan(compiled.plan, options, compiled.known_ends(), replaced)
     named = {**dict(reference.named_parameters(remove_duplicate=False)),
              **dict(reference.named_buffers(remove_duplicate=False))}  # fmt: skip
     first: dict[int, str] = {}

@@ -53,6 +53,7 @@ class SavedModel(nn.Module):
         """
         super().__init__()
         self.record, self.extra, self.replaced = record, dict(extra), list(record["replaced"])
+        made: dict[int, nn.Parameter] = {}  # one for all names of a tensor
         for name, tensor in tensors.items():
             *path, last = name.split(".")
             home: nn.Module = self
@@ -61,7 +62,8 @@ class SavedModel(nn.Module):
                     home.add_module(part, nn.Module())
                 home = home._modules[part]  # type: ignore[assignment]
             if name in parameters:
-                home.register_parameter(last, nn.Parameter(tensor, requires_grad=parameters[name]))
+                made.setdefault(id(tensor), nn.Parameter(tensor, requires_grad=parameters[name]))
+                home.register_parameter(last, made[id(tensor)])
             else:
                 home.register_buffer(last, tensor)
 
@@ -154,7 +156,7 @@ def _loop(loop: Loop, index: Mapping[fx.Node, int]) -> Any:
         "dims": loop.dims,
         "squeezed": loop.squeezed,
         "results": [[r.how, r.dim] for r in loop.results],
-        "carried": [{k: v for k, v in _meta(m, index).items() if k != "samples"} for m in loop.carried],
+        "carried": [_meta({k: v for k, v in m.items() if k != "samples"}, index) for m in loop.carried],
     }
 
 
@@ -234,7 +236,7 @@ def decode_plan(record: Any, extra: Mapping[str, torch.Tensor], model: nn.Module
         return plan_of(
             model, graph, captured, clock, limit=limit, branch=record["branch"], ends=ends, **record["options"]
         )
-    except (KeyError, TypeError, ValueError, IndexError, AttributeError, RuntimeError) as error:
+    except (LookupError, TypeError, ValueError, AttributeError, RuntimeError, AssertionError) as error:
         if isinstance(error, CompileError):
             raise
         raise SavedPlanError(f"this is no step model: {type(error).__name__}: {error}") from error
@@ -314,7 +316,7 @@ def _read(value: Any, made: list[fx.Node]) -> Any:
     ((kind, inner),) = value.items()
     match kind:
         case "node":
-            return made[inner]
+            return made[operator.index(inner) if inner >= 0 else len(made)]
         case "float":
             return float(inner)
         case "tuple":
