@@ -61,7 +61,7 @@ def read_meta(session: Any, path: str) -> dict[str, Any]:
 
 
 def may_end(meta: Mapping[str, Any], length: int) -> bool:
-    """Whether a stream of so many ticks ends as the model, run on all of it, does (see `Lanes.known_ends`)."""
+    """Whether a stream of so many ticks ends as the model, run on all of it, does (see `Compiled.known_ends`)."""
     if "ends" not in meta or length == 0:
         return True
     first, last, every, refused = (meta["ends"][n] for n in ("first", "last", "every", "refused"))
