@@ -123,6 +123,30 @@ class Lanes:
         y = self.compiled.pack(leaves, stacked=not frames)
         return y, pytree.tree_unflatten(list(valid), self.plan.out_spec), LaneState(tuple(tensors), capacity)
 
+    def traced_call(
+        self, state: LaneState, inputs: Sequence[torch.Tensor], frames: bool, start: Any, ready: Any
+    ) -> tuple[Any, Any, LaneState] | None:
+        """`call` as `torch.compile` traces it; None where it has to run as it is: before the first such call, where an
+        end or a limit has to be looked at, or where masks are no tensors."""
+        ticks = 1 if frames else self.spec.ticks(inputs)
+        program = self.programs.get((ticks, frames, not torch.is_grad_enabled(), 0))
+        if program is None or self.grows or self.compiled.tables or self.plan.limit is not None or self.batchless:
+            return None
+        shape, device = (state.lanes,), self.spec.device
+        masks = []
+        for mask, default in ((start, False), (ready, True)):
+            if mask is None:
+                masks.append(torch.full((state.lanes, 1), default, device=device))
+            elif not isinstance(mask, torch.Tensor) or mask.dtype is not torch.bool or tuple(mask.shape) != shape:
+                return None
+            else:
+                masks.append(mask.unsqueeze(1))
+        self.spec.check(inputs, ticks, state.lanes, frames)
+        length = torch.full((state.lanes, 1), -1, dtype=torch.int64, device=device)
+        results, valid, tensors = program.run(*inputs, *masks, length, *state.tensors)
+        y = self.compiled.pack(list(results), stacked=not frames)
+        return y, pytree.tree_unflatten(list(valid), self.plan.out_spec), LaneState(tuple(tensors), 0)
+
     def _controls(self, given: Mapping[str, Any], lanes: int) -> list[torch.Tensor]:
         """start, ready and length, each of shape (lanes, 1)."""
         defaults = {"start": False, "ready": True, "length": -1}
