@@ -16,18 +16,15 @@ from torch.utils import _pytree as pytree
 from . import __version__
 from .compiled import Compiled
 from .passes.codegen.graph_module import FOREVER
-from .passes.codegen.lanes import (
+from .passes.codegen.lane_states import (
     POSITION,
-    LaneProgram,
-    flush_calls,
     from_lanes_first,
-    generate_lanes,
     lane_schedule,
     lane_state_specs,
-    model_axes,
     state_layouts,
     to_lanes_first,
 )
+from .passes.codegen.lanes import LaneProgram, flush_calls, generate_lanes, model_axes
 from .passes.errors import user_frame
 from .runtime.errors import InputError, LaneError
 from .runtime.lane_layout import LaneAxes, LaneLayout
