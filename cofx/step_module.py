@@ -27,6 +27,7 @@ from .passes.codegen.graph_module import Key
 from .passes.errors import CaptureError
 from .passes.make_continual import make_continual
 from .passes.pipeline import Leaf, Plan, compile_plan
+from .passes.saved_plan import SavedModel
 from .report import Report, report, tell_ptflops
 from .runtime.alone import alone, in_use
 from .runtime.errors import InputError, StateError
@@ -34,6 +35,7 @@ from .runtime.lane_layout import LaneLayout
 from .runtime.lane_state import LaneState, lane_indices, take_lanes
 from .runtime.state import StreamState, restore, snapshot
 from .runtime.state_file import HELD, read_state, write_state
+from .saving import save_step, saved_plan
 from .verification import Verification, verify
 
 MODES = ("forward", "forward_step", "forward_steps")
@@ -227,8 +229,21 @@ class StepModule(nn.Module):
         self._lane_programs = None
         self._place(StreamState())
 
+    def _restore(self, plan: Plan, ticks: int, batch: int, changed: bool) -> None:
+        """Go on with a plan from a file; `changed`: it is not the user's own module that it is of."""
+        self._reference = [self.model] if changed else []
+        self._ticks = ticks
+        self._compiled = compiled = Compiled(self.model, plan, batch, self._backend)
+        sizes = zip(compiled.spec.sizes(ticks), compiled.spec.dtypes, strict=True)
+        self._example = tuple(torch.zeros(s, dtype=d, device=compiled.spec.device) for s, d in sizes)
+        if self._backend != "eager":
+            frames = compiled.spec.frame(self._example)
+            compiled.prepare(frames, compiled.spec.batch_of(frames, frames=True))
+
     @untraced
     def _plan(self, example: Sequence[torch.Tensor], clock: Clock, ticks: int, batch: int) -> Plan:
+        if isinstance(self.model, SavedModel):
+            return saved_plan(self.model, batch)
         window = self._clip_length or ticks
         chosen = [self._nonlocal_ops] if isinstance(self._nonlocal_ops, str) else self._nonlocal_ops.values()
         reference = None
@@ -666,6 +681,17 @@ class StepModule(nn.Module):
             plan = self._plan(self._example, clock, self._ticks, batch)
             self._compiled = Compiled(self.reference_module, plan, batch, self._backend)
             self.set_state(stream)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the compiled model to a file, with which `cofx.load` goes on at once: nothing is traced again.
+
+        It holds the traced graph as data and the parameters (safetensors), no code. The running stream is not in it
+        (see `save_state`), nor is the offline model.
+
+        Raises:
+            SavedPlanError: something has no form in a file; none is left behind.
+        """
+        save_step(self, path)
 
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
         """The model's own: its checkpoints load into either."""

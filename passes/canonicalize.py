@@ -63,7 +63,7 @@ def canonicalize(capture: Capture) -> fx.Graph:
             args = (*tensors, False, momentum, eps, True)
         if target is aten.convolution.default:
             target, args, kwargs = _as_layer(args, kwargs)
-        if target in _CONVERSIONS:
+        if target in _CONVERSIONS and node.args[0].meta["val"].device == value.device:
             target, args, kwargs = aten.to.dtype, (args[0], value.dtype), {}
         elif target in _FILLS:
             target, args, kwargs = _as_full(target, args, kwargs, value)
@@ -88,7 +88,8 @@ def canonicalize(capture: Capture) -> fx.Graph:
     return graph
 
 
-_CONVERSIONS = (aten.type_as.default, aten.to.other)  # to what another tensor is
+# to a type, which may be another tensor's, perhaps on a device
+_CONVERSIONS = (aten.type_as.default, aten.to.other, aten.to.device, aten.to.dtype_layout)
 _JOINS = (aten.cat.default, aten.concat.default, aten.concatenate.default)
 
 # a program's tensors need not have the strides that were traced

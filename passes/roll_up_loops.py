@@ -95,12 +95,18 @@ def _take_place(old: fx.Node, new: fx.Node) -> None:
 
 
 def _frames(graph: fx.Graph, facts: Facts) -> dict[Any, dict[fx.Node, _Frame]]:
-    """The streams of which every single frame is taken, by source and kind."""
+    """The streams of which every single frame is taken, by source and kind; one that is taken twice is taken once."""
     found: dict[Any, dict[fx.Node, _Frame]] = {}
-    for node in graph.nodes:
+    first: dict[_Frame, fx.Node] = {}
+    for node in list(graph.nodes):
         frame = _frame(node, facts)
-        if frame is not None:
-            found.setdefault((frame.source, frame.squeezed), {})[node] = frame
+        if frame is None:
+            continue
+        if first.setdefault(frame, node) is not node:
+            _take_place(node, first[frame])
+            graph.erase_node(node)
+            continue
+        found.setdefault((frame.source, frame.squeezed), {})[node] = frame
     return {
         key: group
         for key, group in found.items()

@@ -65,6 +65,30 @@ class FirstFrameKept(nn.Module):
         return y
 
 
+class CountedMask(nn.Module):
+    """A causal mask and one of the tokens that count, which are all, looked up by lanes and positions (BioGpt); and a
+    product with a bias for each head (RecurrentGemma)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv, self.gate, self.bias = (
+            nn.Linear(4, 12),
+            nn.Parameter(torch.randn(2, 2, 2)),
+            nn.Parameter(torch.randn(2, 2)),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(batch, time, 4)"""
+        batch, time, _ = x.shape
+        counted = torch.ones(batch, time).to(device=x.device, dtype=torch.bool)
+        lanes, keys = torch.arange(batch)[:, None, None, None], torch.arange(time)[None, None, None]
+        mask = (keys <= torch.arange(time)[:, None]) & counted[lanes, keys]
+        q, k, v = self.qkv(x)[:, None].chunk(3, -1)
+        y: Tensor = nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask)[:, 0]
+        heads = y.reshape(batch * time, 2, 2).transpose(0, 1)
+        return torch.baddbmm(self.bias[:, None], heads, self.gate).transpose(0, 1).reshape(batch, time, 4)
+
+
 class ChunkMask(nn.Module):
     """A query reads the chunk that it lies in and so many before it (streaming Conformers)."""
 
@@ -209,6 +233,34 @@ class NearestCode(nn.Module):
         return self.codes[far.argmin(-1)].view(x.shape) + torch.cdist(x, self.codes)[..., :3]
 
 
+class FramesTakenTwice(nn.Module):
+    """A loop that reads each frame of its gate twice (QRNN)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(batch, 4, time)"""
+        z, f = x.chunk(2, 1)
+        h, states = torch.zeros_like(z[..., 0]), []
+        for t in range(x.shape[-1]):
+            h = f[..., t].sigmoid() * h + (1 - f[..., t].sigmoid()) * z[..., t]
+            states.append(h)
+        return torch.stack(states, -1)
+
+
+class AlongBands(nn.Module):
+    """A recurrent layer that runs along bands, both ways, with every frame in its batch (BandSplitRNN, dual-path)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bands, self.joined = nn.LSTM(2, 3, batch_first=True, bidirectional=True), nn.GRU(6, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(batch, bands, time, 2)"""
+        batch, bands, time, width = x.shape
+        y, _ = self.bands(x.transpose(1, 2).reshape(batch * time, bands, width))
+        y, last = self.joined(y.transpose(0, 1))
+        return (y + last).transpose(0, 1).reshape(batch, time, bands, width).transpose(1, 2)
+
+
 class MadeInForward(nn.Module):
     """Activations that are modules made anew in each call, in a loop over frames (Mamba)."""
 
@@ -227,6 +279,9 @@ class MadeInForward(nn.Module):
 
 
 CASES = {
+    "mask_of_all_that_counts": (CountedMask, (2, 9, 4), 1, {"unbounded": True}),
+    "frames_taken_twice": (FramesTakenTwice, (2, 4, 9), 2, {"unbounded": True}),
+    "recurrent_along_bands": (AlongBands, (2, 3, 9, 2), 2, {}),
     "chunk_mask": (lambda: ChunkMask(4, 2), (2, 9, 4), 1, {"lag": 3}),
     "chunk_mask_of_the_past": (lambda: ChunkMask(100, 0, causal=True), (2, 9, 4), 1, {"length": 240}),
     "assertions_on_data": (Asserted, (2, 3, 9), 2, {}),
@@ -278,3 +333,24 @@ def test_filters_of_a_model_that_takes_one_length_stream_up_to_what_needs_the_cl
     assert step.equivalence == "first-clip"
     assert not any("Fourier" in line for line in step.report().recomputed)
     assert step.verify(x).exact
+
+
+class Steps(nn.Module):
+    """Frames from the end, as many as there are whole groups of four: a length that goes in steps (LSTNet)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gru = nn.GRU(3, 4, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(batch, time, 3)"""
+        last: Tensor = self.gru(x[:, -(x.shape[1] // 4 * 4) :])[1][0]
+        return last
+
+
+def test_a_length_that_goes_in_steps_is_no_prefix() -> None:
+    torch.manual_seed(0)
+    model, x = Steps().eval(), torch.randn(2, 16, 3)
+    step = cofx.compile(model, x, time_dim=1)
+    assert step.equivalence == "clip"
+    assert step.verify(torch.randn(2, 19, 3)).exact

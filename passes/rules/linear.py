@@ -46,8 +46,11 @@ def addmm(call: Call) -> Fact:
     """A product of matrices plus something that does not depend on time."""
     names = ("mat1", "mat2") if "mat1" in call.samples[0] else ("batch1", "batch2")
     bias = call.samples[0]["self"]
-    call.require(isinstance(call.fact(bias), Static) and bias.meta["val"].dim() <= 1, "what is added depends on time")
-    return product(call, *names)
+    call.require(isinstance(call.fact(bias), Static), "what is added depends on time")
+    result: Value = product(call, *names)
+    at = result.layout.time - len(result.layout) + bias.meta["val"].dim()
+    call.require(at < 0 or bias.meta["val"].shape[at] == 1, "what is added lies along time")
+    return result
 
 
 def product(call: Call, left: str, right: str) -> Fact:
