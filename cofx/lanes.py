@@ -16,18 +16,15 @@ from torch.utils import _pytree as pytree
 from . import __version__
 from .compiled import Compiled
 from .passes.codegen.graph_module import FOREVER
-from .passes.codegen.lanes import (
+from .passes.codegen.lane_states import (
     POSITION,
-    LaneProgram,
-    flush_calls,
     from_lanes_first,
-    generate_lanes,
     lane_schedule,
     lane_state_specs,
-    model_axes,
     state_layouts,
     to_lanes_first,
 )
+from .passes.codegen.lanes import LaneProgram, flush_calls, generate_lanes, model_axes
 from .passes.errors import user_frame
 from .runtime.errors import InputError, LaneError
 from .runtime.lane_layout import LaneAxes, LaneLayout
@@ -122,6 +119,30 @@ class Lanes:
             leaves.append(tensor.squeeze(0) if self.batchless and out.batch is not None and leaf.value else tensor)
         y = self.compiled.pack(leaves, stacked=not frames)
         return y, pytree.tree_unflatten(list(valid), self.plan.out_spec), LaneState(tuple(tensors), capacity)
+
+    def traced_call(
+        self, state: LaneState, inputs: Sequence[torch.Tensor], frames: bool, start: Any, ready: Any
+    ) -> tuple[Any, Any, LaneState] | None:
+        """`call` as `torch.compile` traces it; None where it has to run as it is: before the first such call, where an
+        end or a limit has to be looked at, or where masks are no tensors."""
+        ticks = 1 if frames else self.spec.ticks(inputs)
+        program = self.programs.get((ticks, frames, not torch.is_grad_enabled(), 0))
+        if program is None or self.grows or self.compiled.tables or self.plan.limit is not None or self.batchless:
+            return None
+        shape, device = (state.lanes,), self.spec.device
+        masks = []
+        for mask, default in ((start, False), (ready, True)):
+            if mask is None:
+                masks.append(torch.full((state.lanes, 1), default, device=device))
+            elif not isinstance(mask, torch.Tensor) or mask.dtype is not torch.bool or tuple(mask.shape) != shape:
+                return None
+            else:
+                masks.append(mask.unsqueeze(1))
+        self.spec.check(inputs, ticks, state.lanes, frames)
+        length = torch.full((state.lanes, 1), -1, dtype=torch.int64, device=device)
+        results, valid, tensors = program.run(*inputs, *masks, length, *state.tensors)
+        y = self.compiled.pack(list(results), stacked=not frames)
+        return y, pytree.tree_unflatten(list(valid), self.plan.out_spec), LaneState(tuple(tensors), 0)
 
     def _controls(self, given: Mapping[str, Any], lanes: int) -> list[torch.Tensor]:
         """start, ready and length, each of shape (lanes, 1)."""

@@ -373,6 +373,9 @@ class StepModule(nn.Module):
 
     def _traced_step(self, frames: tuple[torch.Tensor, ...], update_state: bool, **lanes: Any) -> Any:
         """A step within `torch.compile`: in mid-stream it is traced, else it runs as it is, after a graph break."""
+        took = self._traced_lanes(frames, True, update_state, **lanes)
+        if took is not None:
+            return took
         if self._compiled is not None and all(v is None for v in lanes.values()):
             # the count of frames is no constant of the module, for which dynamo would take it
             with torch._dynamo.patch_dynamo_config(allow_unspec_int_on_nn_module=True):
@@ -382,6 +385,29 @@ class StepModule(nn.Module):
                         self._go_on(done[1], frames)
                     return done[0]
         return self._untraced_step(*frames, update_state=update_state, **lanes)
+
+    def _traced_lanes(
+        self, inputs: tuple[torch.Tensor, ...], frames: bool, update_state: bool, start: Any, ready: Any, length: Any
+    ) -> Any:
+        """A call with lanes within `torch.compile`; None if it has to run as it is."""
+        if (
+            self._lane_programs is None
+            or self._lanes is None
+            or length is not None
+            or (start is None and ready is None)
+        ):
+            return None
+        done = self._lane_programs.traced_call(self._lanes, inputs, frames, start, ready)
+        if done is None:
+            return None
+        if update_state:
+            self._go_on(StreamState(), inputs, done[2])
+        return done[0], done[1]
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator, unused-ignore]
+    def _untraced(self, method: str, *arguments: Any, **options: Any) -> Any:
+        """A method as it is, within `torch.compile` after a graph break."""
+        return getattr(self, method)(*arguments, **options)
 
     @torch.compiler.disable  # type: ignore[untyped-decorator, unused-ignore]
     def _untraced_step(self, *frames: torch.Tensor, **options: Any) -> Any:
@@ -409,7 +435,6 @@ class StepModule(nn.Module):
         here["_state"] = state
         here["_lanes"] = lanes
 
-    @alone
     def forward_steps(
         self,
         *chunks: torch.Tensor,
@@ -431,6 +456,18 @@ class StepModule(nn.Module):
         Returns:
             the outputs that are due, with time axis, or None; with `start`, `ready` or `length`, ``(y, valid)``.
         """
+        lanes = {"start": start, "ready": ready, "length": length}
+        if torch.compiler.is_dynamo_compiling():
+            took = None if pad_end else self._traced_lanes(chunks, False, update_state, **lanes)
+            if took is not None:
+                return took
+            return self._untraced("forward_steps", *chunks, pad_end=pad_end, update_state=update_state, **lanes)
+        return self._steps(chunks, pad_end, update_state, **lanes)
+
+    @alone
+    def _steps(
+        self, chunks: tuple[torch.Tensor, ...], pad_end: bool, update_state: bool, start: Any, ready: Any, length: Any
+    ) -> Any:
         if not (start is None and ready is None and length is None):
             if pad_end:
                 raise InputError("pad_end ends all streams of a batch at once; give the lanes' length instead")
@@ -448,9 +485,12 @@ class StepModule(nn.Module):
             self._go_on(state, chunks)
         return out
 
-    @alone
     def flush(self) -> Any:
         """The stream has ended: what is still due, with time axis, or None. The state stays as it is."""
+        return self._untraced("_flush") if torch.compiler.is_dynamo_compiling() else self._flush()
+
+    @alone
+    def _flush(self) -> Any:
         self._no_lanes()
         if self._compiled is None or self._state.count == 0 or self._state.tensors is None:
             return None

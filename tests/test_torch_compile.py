@@ -284,3 +284,64 @@ def test_a_step_model_compiled_by_inductor(call: str, warm: int) -> None:
     step.call_mode = None
     assert int(step.get_state()["count"]) == 1024
     torch.testing.assert_close(step.flush(), wanted[:, :, got.shape[2] :], rtol=1e-4, atol=1e-5)
+
+
+class Both(nn.Module):
+    """A history and a memory, in a dict."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.memory = nn.Conv1d(3, 4, 3, padding=1), nn.GRU(4, 4, batch_first=True)
+
+    def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
+        return {"same": x, "deep": self.memory(self.first(x).relu().mT)[0].mT}
+
+
+def test_lanes_compiled_by_inductor() -> None:
+    """One graph, whatever the masks hold; lengths, and masks that are no tensors, run as they are."""
+    x, n = torch.randn(3, 3, 1024), 1000
+    step, plain = (cofx.compile(Both().eval(), x[:, :, :16]) for _ in range(2))
+    plain.model.load_state_dict(step.model.state_dict())
+    frames = [f.contiguous() for f in x.unbind(2)]
+    fast = torch.compile(step.forward_step, fullgraph=True)
+    masks = [dict(zip(("ready", "start"), m, strict=True)) for m in
+             zip((torch.rand(n, 3) > 0.2).unbind(0), (torch.rand(n, 3) > 0.97).unbind(0), strict=True)]  # fmt: skip
+    for t in range(n):
+        wanted, exist = plain.forward_step(frames[t], **masks[t])
+        if t == 0:
+            step.forward_step(frames[t], **masks[t])
+            counters.clear()
+            continue
+        with torch._dynamo.config.patch(error_on_recompile=t > 3):
+            got, valid = fast(frames[t], **masks[t])
+        for name in wanted:
+            assert torch.equal(valid[name], exist[name])
+            torch.testing.assert_close(got[name][valid[name]], wanted[name][exist[name]], rtol=1e-4, atol=1e-5)
+    assert counters["stats"]["unique_graphs"] <= 2 and not counters["graph_break"]
+    broken = torch.compile(step.forward_step)
+    for given in ({"ready": [True] * 3}, {"length": torch.full((3,), 4)}):
+        (got, valid), (wanted, _) = broken(frames[n], **given), plain.forward_step(frames[n], **given)
+        torch.testing.assert_close(got["deep"], wanted["deep"], rtol=1e-4, atol=1e-5, equal_nan=True)
+        assert valid["deep"].shape == (3,)
+
+
+def test_chunks_and_flushes_within_torch_compile() -> None:
+    """As they are, after a graph break; chunks of lanes are traced."""
+    x = torch.randn(2, 3, 64)
+    step = cofx.compile(Halved().eval(), x[:, :, :16])
+    whole, take, flush = step.model(x), torch.compile(step.forward_steps), torch.compile(step.flush)
+    parts = [take(x[:, :, t : t + 4]) for t in range(0, 60, 4)]
+    torch.testing.assert_close(torch.cat([*(y for y in parts if y is not None), flush()], 2), step.model(x[:, :, :60]))
+    rest = take(x[:, :, 60:], pad_end=True)
+    torch.testing.assert_close(rest, whole[:, :, -rest.shape[2] :], rtol=1e-4, atol=1e-5)
+    step.clean_state()
+    lanes, parts = {"ready": torch.ones(2, dtype=torch.bool)}, []
+    for t in range(0, 64, 4):
+        with torch._dynamo.config.patch(error_on_recompile=t > 12):
+            y, valid = take(x[:, :, t : t + 4], **lanes)
+        parts.append(y[:, :, valid[0]])
+    torch.testing.assert_close(torch.cat(parts, 2), whole[:, :, : sum(p.shape[2] for p in parts)], rtol=1e-4, atol=1e-5)
+    with pytest.raises(InputError, match="each by itself"):
+        take(x[:, :, :4])
+    with pytest.raises(InputError, match="each by itself"):
+        torch.compile(step.forward_step)(x[:, :, 0])

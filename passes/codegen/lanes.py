@@ -16,39 +16,32 @@ Nothing is there before a stream's first tick: frames that need no input wait fo
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import functools
 import math
 import operator
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import fx
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
-from torch.fx.experimental.proxy_tensor import make_fx
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.node import map_arg
 from torch.utils import _pytree as pytree
 
 from ...runtime.program import Program, StateSpec
 from ..layout import BATCH, Layout
-from ..schedule_delays import Schedule, schedule_delays
+from ..schedule_delays import Schedule
 from .flat import flatten
 from .graph_module import FOREVER, Key, generate, state_specs
+from .lane_states import POSITION, around_batch, lane_schedule, lane_shape, lane_state_specs, state_layouts
+from .lane_vmap import FRONT, MIXED, Ambiguous, Place, trace_vmapped
 
 if TYPE_CHECKING:
     from ..pipeline import Leaf, Plan
 
 aten = torch.ops.aten
-
-FRONT = -1  # the lanes of a tensor lie in front of what it is for a batch of one
-MIXED = -2  # they share a dimension with something else
-Place = int | None  # or the dimension that they have to themselves; None: it is the same for all lanes
-
-POSITION = "position"
-KEPT_RANK = 4  # dimensions that a state has at the most
 
 # what they make depends on sizes alone, whatever tensor they are called on
 _FACTORIES = {aten.new_full.default, aten.new_zeros.default, aten.new_ones.default, aten.new_empty.default}
@@ -59,10 +52,6 @@ _RESHAPES: dict[Any, Any] = {aten.view.default: aten.reshape.default, aten._unsa
 
 # what they are given broadcasts in all dimensions but the last two
 _BATCHED = {aten.scaled_dot_product_attention.default}
-
-
-class Ambiguous(Exception):
-    """Where a tensor's lanes lie cannot be told; they are then put in front of everything."""
 
 
 @dataclass(frozen=True)
@@ -117,82 +106,6 @@ class LaneProgram:
     states: list[StateSpec]
     flush_calls: int
     device: torch.device
-
-
-def lane_schedule(plan: Plan) -> Schedule:
-    """The plan's schedule, or one in which nothing is there before the first tick."""
-    before = plan.schedule.counts(0)
-    if all(before[v] <= 0 for op in plan.schedule.graph.ops for v in op.outputs):
-        return plan.schedule
-    return schedule_delays(plan.schedule.graph, plan.schedule.outputs, waiting=True)
-
-
-def lane_state_specs(schedule: Schedule, capacity: int = 0) -> list[StateSpec]:
-    """What a lane program keeps: `state_specs` with lanes first, after the position, in at most four dimensions."""
-    holds = "ticks so far, and the stream's length + 1 once it is known"
-    specs = [StateSpec(POSITION, ((1, 0), (0, 2)), torch.int64, holds)]
-    for spec, layout in zip(state_specs(schedule, capacity), state_layouts(schedule, capacity), strict=True):
-        grows = None if spec.grows is None else spec.grows - any(d == (BATCH,) for d in layout.dims[: spec.grows])
-        sizes, grows = _merged(_lane_shape(layout), grows)
-        grows = None if grows is None else grows + 1
-        specs.append(StateSpec(spec.name, ((1, 0), *((0, s) for s in sizes)), spec.dtype, spec.holds, grows))
-    return specs
-
-
-def state_layouts(schedule: Schedule, capacity: int = 0) -> list[Layout]:
-    """The layout of each state, time as the number of frames that it has."""
-    layouts = []
-    for value in schedule.history:
-        split = value.layout.split()
-        layouts.append(split.replace(split.time, (schedule.kept(value, capacity),)))
-    layouts += [carry.layout for op in schedule.graph.ops for carry in op.carries]
-    return layouts
-
-
-def _lane_shape(layout: Layout) -> list[int]:
-    """The shape that a state has for one lane: its batch dimension dropped, or only the lanes in it."""
-    return [math.prod(f for f in d if isinstance(f, int)) for d in layout if d != (BATCH,)]
-
-
-def _merged(sizes: list[int], grows: int | None) -> tuple[list[int], int | None]:
-    """Three dimensions at most, as many runtimes want them: neighbours are made one, but not the one that grows."""
-    sizes = list(sizes)
-    while len(sizes) > KEPT_RANK - 1:
-        if grows is None or grows < len(sizes) - 2:
-            sizes[-2:] = [sizes[-2] * sizes[-1]]
-        else:
-            sizes[:2] = [sizes[0] * sizes[1]]
-            grows -= 1
-    return sizes, grows
-
-
-def to_lanes_first(tensor: torch.Tensor, layout: Layout, lanes: int) -> torch.Tensor:
-    """A program's state with lanes in front, its other dimensions as they were."""
-    at = next((i for i, d in enumerate(layout) if BATCH in d), None)
-    if at is None:
-        return tensor.unsqueeze(0).expand(lanes, *tensor.shape)
-    before, after = _around_batch(layout[at])
-    shape = tensor.shape
-    parted = tensor.reshape(*shape[:at], before, lanes, after, *shape[at + 1 :]).movedim(at + 1, 0)
-    return parted.reshape(lanes, *_lane_shape(layout))
-
-
-def from_lanes_first(tensor: torch.Tensor, layout: Layout) -> torch.Tensor:
-    """The inverse of `to_lanes_first`, of a tensor whose other dimensions may have been made one."""
-    at = next((i for i, d in enumerate(layout) if BATCH in d), None)
-    sizes = _lane_shape(layout)
-    if at is None:
-        return tensor[0].reshape(sizes)
-    before, after = _around_batch(layout[at])
-    head, tail = sizes[:at], sizes[at + (layout[at] != (BATCH,)) :]
-    parted = tensor.reshape(len(tensor), *head, before, after, *tail).movedim(0, at + 1)
-    return parted.reshape(*head, before * len(tensor) * after, *tail)
-
-
-def _around_batch(dimension: Sequence[Any]) -> tuple[int, int]:
-    """The product of the factors before the batch in a dimension, and of those behind it."""
-    i = dimension.index(BATCH)
-    return math.prod(dimension[:i]), math.prod(dimension[i + 1 :])
 
 
 def generate_lanes(
@@ -506,14 +419,14 @@ class _Build:
 
     def _state_in(self, inner: fx.Node, node: fx.Node, layout: Layout, spec: StateSpec) -> None:
         """Take a state in, lanes first, to where the program has them."""
-        sizes = _lane_shape(layout)
+        sizes = lane_shape(layout)
         if len(spec.dims) < 1 + len(sizes):
             node = self.emit(aten.reshape.default, node, [self.lanes(), *sizes])
         at = next((i for i, d in enumerate(layout) if BATCH in d), None)
         if at is None:
             self.env[inner], self.places[inner] = node, FRONT
             return
-        before, after = _around_batch(layout[at])
+        before, after = around_batch(layout[at])
         alone = (before, after) == (1, 1)
         if self.in_front:
             self.env[inner] = self.emit(aten.unsqueeze.default, node, at + 1) if alone else node
@@ -535,12 +448,12 @@ class _Build:
         self.about = old.meta["cofx"]
         node, place = self.env[inner], self.places[inner]
         at = next((i for i, d in enumerate(layout) if BATCH in d), None)
-        sizes = _lane_shape(layout)
+        sizes = lane_shape(layout)
         if place is None:
             node = self.expand(node, len(layout))
         elif place == MIXED:
             assert at is not None
-            before, after = _around_batch(layout[at])
+            before, after = around_batch(layout[at])
             parted = [*sizes[:at], before, self.lanes(), after, *sizes[at + 1 :]]
             node = self.emit(aten.movedim.int, self.emit(aten.reshape.default, node, parted), at + 1, 0)
             node = self.emit(aten.reshape.default, node, [self.lanes(), *sizes])
@@ -726,7 +639,9 @@ class _Build:
             tuple(targets),
         )
         if key not in self.traces:
-            self.traces[key] = self._trace(node.target, flat, spec, tensors, places, targets)
+            filled = [here.get(i, a) for i, a in enumerate(flat)]
+            at = dict(zip(tensors, places, strict=True))
+            self.traces[key] = trace_vmapped(self.fake, node.target, filled, spec, at, targets)
         traced, slopes = self.traces[key]
         arguments = [self.env[flat[i]] for i in tensors]
         results = self._inline(traced, slopes, arguments)
@@ -736,43 +651,6 @@ class _Build:
     def _leaf_places(self, node: fx.Node) -> list[Place]:
         two, three = (pytree.tree_leaves(self.measured[b][node]) for b in (2, 3))
         return [_moved(a, b) for a, b in zip(two, three, strict=True)]
-
-    def _trace(
-        self, target: Any, flat: list[Any], spec: Any, tensors: list[int], places: list[Place], targets: list[Place]
-    ) -> tuple[fx.Graph, dict[tuple[fx.Node, int], tuple[int, int]]]:
-        """The graph of an op under vmap, and for each of its numbers that follows the lanes the (slope, rest)."""
-
-        def one(*given: torch.Tensor) -> list[torch.Tensor]:
-            filled = list(flat)
-            for i, place, tensor in zip(tensors, places, given, strict=True):
-                filled[i] = tensor.unsqueeze(place) if place not in (None, FRONT) else tensor
-            args, kwargs = pytree.tree_unflatten(filled, spec)
-            return list(pytree.tree_leaves(target(*args, **kwargs)))
-
-        def all_(*given: torch.Tensor) -> list[torch.Tensor]:
-            dims = tuple(0 if p == FRONT else p for p in places)
-            results = torch.vmap(one, in_dims=dims)(*given)
-            return [
-                r if t in (None, FRONT) else r.squeeze(t + 1).movedim(0, t)
-                for r, t in zip(results, targets, strict=True)
-            ]
-
-        graphs = []
-        for lanes in (2, 3):
-            with self.fake, torch.no_grad():
-                given = [self._lane_example(flat[i], p, lanes) for i, p in zip(tensors, places, strict=True)]
-                with _no_loops():
-                    graphs.append(make_fx(all_)(*given).graph)
-        return graphs[0], _slopes(*graphs)
-
-    def _lane_example(self, node: fx.Node, place: Place, lanes: int) -> torch.Tensor:
-        one: FakeTensor = self.measured[1][node]
-        shape = list(one.shape)
-        if place == FRONT:
-            shape = [lanes, *shape]
-        elif place is not None:
-            shape[place] = lanes
-        return torch.zeros(shape, dtype=one.dtype)
 
     def _inline(
         self, traced: fx.Graph, slopes: dict[tuple[fx.Node, int], tuple[int, int]], arguments: list[fx.Node]
@@ -805,21 +683,6 @@ class _Build:
         return product if rest == 0 else self.emit(operator.add, product, rest)
 
 
-def _slopes(two: fx.Graph, three: fx.Graph) -> dict[tuple[fx.Node, int], tuple[int, int]]:
-    """The numbers in which the traces for two and for three lanes differ, as (slope, rest) of the number of lanes."""
-    found: dict[tuple[fx.Node, int], tuple[int, int]] = {}
-    if len(two.nodes) != len(three.nodes):
-        raise Ambiguous
-    for a, b in zip(two.nodes, three.nodes, strict=True):
-        here, there = pytree.tree_leaves((a.args, a.kwargs)), pytree.tree_leaves((b.args, b.kwargs))
-        if a.target != b.target and a.op == "call_function" or len(here) != len(there):
-            raise Ambiguous
-        for i, (x, y) in enumerate(zip(here, there, strict=True)):
-            if isinstance(x, int) and not isinstance(x, bool) and x != y:
-                found[a, i] = (y - x, 3 * x - 2 * y)
-    return found
-
-
 def _moved(two: Any, three: Any) -> Place:
     """Where the lanes of a tensor lie, from its shapes for a batch of two and of three."""
     if not isinstance(two, torch.Tensor):
@@ -830,18 +693,6 @@ def _moved(two: Any, three: Any) -> Place:
     if len(moving) > 1:
         raise Ambiguous
     return moving[0] if (two.shape[moving[0]], three.shape[moving[0]]) == (2, 3) else MIXED
-
-
-@contextlib.contextmanager
-def _no_loops() -> Iterator[None]:
-    """Where vmap has no rule for an op it would loop over the lanes: let it raise instead."""
-    functorch: Any = torch._C._functorch
-    before = functorch._is_vmap_fallback_enabled()
-    functorch._set_vmap_fallback_enabled(False)
-    try:
-        yield
-    finally:
-        functorch._set_vmap_fallback_enabled(before)
 
 
 def _is_place(x: Any) -> bool:

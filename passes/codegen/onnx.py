@@ -27,7 +27,8 @@ from torch.utils import _pytree as pytree
 from ...runtime.onnx_meta import FORMAT
 from ..errors import CompileError, user_frame
 from ..schedule_delays import Schedule
-from .lanes import LaneProgram, generate_exported, lane_schedule, model_axes
+from .lane_states import lane_schedule
+from .lanes import LaneProgram, generate_exported, model_axes
 from .onnx_decompositions import decompositions
 
 if TYPE_CHECKING:
