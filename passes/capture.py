@@ -139,13 +139,13 @@ def capture(model: nn.Module, example: Sequence[torch.Tensor], clock: Clock, tic
         CaptureError: no way of tracing succeeded.
     """
     causes: dict[str, str] = {}  # by the line that raised
-    with TRACING, as_for_inference(model), quiet():
+    with TRACING, quiet():
         ways = [(_export_open, max(2, batch)), (_export_open_time, batch), (_export_open_batch, max(2, batch)),
                 (_export_fixed, batch), (_export_recorded, max(2, batch))]  # fmt: skip
         for way, lanes in dict.fromkeys(ways):
             point = Point(lanes, ticks)
             try:
-                with time_limit(TIME_LIMIT):
+                with as_for_inference(model), time_limit(TIME_LIMIT):  # each way: forward may leave something behind
                     inputs, known = clock.resized(example, point), KnownValues(model)
                     program = way(model, inputs, clock, known)
                     found = _from_export(model, program, clock, point, known, recorded=way is _export_recorded)
@@ -490,7 +490,9 @@ def as_for_inference(model: nn.Module) -> Iterator[None]:
     finally:
         for m, training, attributes, buffers in before:
             m.training = training
-            if any(_own_buffers(m).get(name) is not b for name, b in buffers.items()):
+            now = _own_buffers(m)
+            if now.keys() != buffers.keys() or any(now[name] is not b for name, b in buffers.items()):
+                m._buffers.clear()
                 m._buffers.update(buffers)
             for name in m.__dict__.keys() - attributes.keys():
                 del m.__dict__[name]
