@@ -6,18 +6,16 @@
     python benchmarks/run.py --small x3d tcn        # small sizes; some of them
     python benchmarks/run.py --before DIR           # and the cofx of another checkout, for a change's before and after
 
-Every variant runs blocks of whole periods in turn, on one thread, without gradients; the table has the median time per
-input frame over the blocks, and the ratio of each to the sliding window. A model is checked before it is timed:
-`step.verify` against the offline model, and continual-inference's outputs where it computes the same function.
-
-The column "module" is what is left when the caller runs `step.graph_module` with the state at hand: what the step's
-shell adds is the difference.
+Every variant runs blocks of whole periods in turn, on one thread, without gradients; the table has the median CPU time
+per input frame over the blocks. A model is checked before it is timed: `step.verify` against the offline model, other
+backends against the first, and continual-inference's outputs where it computes the same function.
 """
 
 from __future__ import annotations
 
 import argparse
 import importlib
+import importlib.metadata
 import importlib.util
 import json
 import platform
@@ -25,13 +23,14 @@ import statistics
 import sys
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
 import cofx
+import cofx.backends
 
 sys.path.insert(0, str(Path(__file__).parent))
 from workloads import Workload, workloads
@@ -52,23 +51,48 @@ def other_cofx(checkout: Path) -> Any:
     return module
 
 
-def cofx_variants(load: Workload, package: Any, clip: torch.Tensor, row: dict[str, Any]) -> dict[str, Block]:
-    """The step model's blocks, past its warm-up; verified before."""
-    began = time.perf_counter()
-    step = package.compile(load.model, clip, time_dim=load.time_dim, **load.options)
-    row["compile_s"] = round(time.perf_counter() - began, 2)
-    verified = step.verify(clip)
-    row["exact"], row["worst"] = verified.exact, verified.difference
-    row["equivalence"] = step.equivalence
-    period = step.compiled.plan.schedule.period
-    row["period"] = period
+def cofx_variants(
+    load: Workload,
+    package: Any,
+    clip: torch.Tensor,
+    row: dict[str, Any],
+    backends: Sequence[str],
+    chunks: Sequence[int],
+) -> dict[str, tuple[Block, int]]:
+    """Blocks of each backend's steps past their warm-up, and of chunks, with the frames that a block takes.
+
+    The step model is verified before; what other backends give is compared with what it gives.
+    """
     frames = frames_of(clip, load.time_dim)
-    for _ in range(3):
-        for x in frames:
-            step.forward_step(x)
-    while step._state.count % period:
-        step.forward_step(frames[0])
-    row["state_bytes"] = sum(t.numel() * t.element_size() for t in step._state.tensors)
+    variants: dict[str, tuple[Block, int]] = {}
+    first: list[Any] = []
+    for backend in backends:
+        began = time.process_time()
+        options = {} if backend == "eager" else {"backend": backend}
+        step = package.compile(load.model, clip, time_dim=load.time_dim, **load.options, **options)
+        row[f"compile {backend} s"] = round(time.process_time() - began, 2)
+        period = step.compiled.plan.schedule.period
+        if backend == "eager":
+            verified = step.verify(clip)
+            row |= {"exact": verified.exact, "worst": verified.difference, "period": period}
+            row |= {"equivalence": step.equivalence, "state_bytes": step.report().state_bytes}
+        warm = max(3 * len(frames), getattr(step.compiled, "steady_from", 0) + len(frames))
+        warm += -warm % period
+        last = [step.forward_step(frames[i % len(frames)]) for i in range(warm)][-2 * len(frames) :]
+        if not first:
+            first = last
+        row[f"same {backend}"] = all(_same(a, b) for a, b in zip(last, first, strict=True))
+        variants[backend] = _steps(step, frames, period), period
+        for n in chunks if backend == "eager" else ():
+            take = n + -n % period
+            if take > 1:
+                chunk = torch.stack([frames[i % len(frames)] for i in range(take)], load.time_dim)
+                step.forward_steps(chunk, update_state=False)
+                variants[f"chunks of {take}"] = lambda step=step, chunk=chunk: step.forward_steps(chunk), take
+    return variants
+
+
+def _steps(step: Any, frames: list[torch.Tensor], period: int) -> Block:
     place = [0]
 
     def block() -> None:
@@ -76,18 +100,11 @@ def cofx_variants(load: Workload, package: Any, clip: torch.Tensor, row: dict[st
             step.forward_step(frames[place[0] % len(frames)])
             place[0] += 1
 
-    variants = {"cofx": block}
-    if period == 1:
-        module, state = step.graph_module, [step._state.tensors]
-        wants = [n.name for n in module.graph.nodes if n.op == "placeholder"]
-        if len(wants) == len(state[0]) + 1:
+    return block
 
-            def bare() -> None:
-                _, state[0] = module(frames[place[0] % len(frames)], *state[0])
-                place[0] += 1
 
-            variants["module"] = bare
-    return variants
+def _same(a: Any, b: Any) -> bool:
+    return (a is None) == (b is None) and (a is None or torch.allclose(a, b, 1e-3, 1e-4))
 
 
 def frames_of(clip: torch.Tensor, time_dim: int) -> list[torch.Tensor]:
@@ -117,7 +134,7 @@ def continual_variant(load: Workload, clip: torch.Tensor, period: int, row: dict
     return block
 
 
-def measure(load: Workload, rounds: int, before: Any) -> dict[str, Any]:
+def measure(load: Workload, rounds: int, before: Any, backends: Sequence[str], chunks: Sequence[int]) -> dict[str, Any]:
     """A row of the table."""
     row: dict[str, Any] = {"workload": load.name, "clip": list(load.clip)}
     torch.manual_seed(0)
@@ -128,58 +145,62 @@ def measure(load: Workload, rounds: int, before: Any) -> dict[str, Any]:
             m.running_var.uniform_(0.5, 1.5)  # type: ignore[union-attr,operator]
             m.weight.data.uniform_(0.5, 1.5)
     clip = torch.randn(load.clip)
-    variants = cofx_variants(load, cofx, clip, row)
+    variants = cofx_variants(load, cofx, clip, row, backends, chunks)
     period = row["period"]
     if before is not None:
-        old: dict[str, Any] = {}
-        variants |= {f"{name} before": block for name, block in cofx_variants(load, before, clip, old).items()}
+        old = cofx_variants(load, before, clip, {}, ["eager"], [])
+        variants |= {f"{name} before": variant for name, variant in old.items()}
     if load.continual is not None:
         try:
-            variants["continual"] = continual_variant(load, clip, period, row)
+            variants["continual"] = continual_variant(load, clip, period, row), period
         except Exception as error:
             row["continual_error"] = f"{type(error).__name__}: {error}"[:200]
-
-    def offline() -> None:
-        load.model(clip)
-
-    variants["offline"] = offline
-    frames = {name: 1 if name == "offline" or name.startswith("module") else period for name in variants}
+    variants["offline"] = (lambda: load.model(clip)), 1
     calls: dict[str, int] = {}
-    for name, block in variants.items():  # blocks of a few milliseconds, so that caches are the variant's own
+    for name, (block, _) in variants.items():  # blocks of a few milliseconds, so that caches are the variant's own
         block()
         began = time.perf_counter()
         block()
         calls[name] = max(1, int(0.004 / (time.perf_counter() - began)))
     taken: dict[str, list[float]] = {name: [] for name in variants}
     for _ in range(rounds):
-        for name, block in variants.items():
-            began = time.perf_counter()
+        for name, (block, frames) in variants.items():
+            began = time.process_time()
             for _ in range(calls[name]):
                 block()
-            taken[name].append((time.perf_counter() - began) / calls[name] / frames[name])
+            taken[name].append((time.process_time() - began) / calls[name] / frames)
     for name, times in taken.items():
         low, middle, high = statistics.quantiles(times, n=4)
         row[name] = {"us": round(middle * 1e6, 1), "quartiles": [round(low * 1e6, 1), round(high * 1e6, 1)]}
-    base = row["offline"]["us"]
-    row["over_offline"] = {n: round(base / row[n]["us"], 2) for n in variants if n != "offline"}
+    row["variants"] = list(variants)
+    for base in ("offline", "continual"):
+        if base in variants:
+            row[f"over {base}"] = {n: round(row[base]["us"] / row[n]["us"], 2) for n in variants if n != base}
     return row
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """The rows in Markdown: microseconds per frame, and how many times faster than the sliding window."""
-    names = [n for n in ("offline", "continual", "cofx before", "cofx", "module before", "module")
-             if any(n in r for r in rows)]  # fmt: skip
-    lines = [
-        "| workload | clip | exact | " + " | ".join(names) + " | state bytes |", "|---" * (len(names) + 4) + "|"
-    ]  # fmt: skip
+    """The rows in Markdown: microseconds per frame; in brackets how many times faster than continual-inference."""
+    names = list(dict.fromkeys(n for r in rows for n in r["variants"]))
+    names.sort(key=lambda n: (n not in ("offline", "continual"), n.startswith("chunks"), len(n)))
+    heads = ["workload", "clip", "exact", *names, "state bytes"]
+    lines = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
     for r in rows:
         cells = []
         for n in names:
-            ratio = r.get("over_offline", {}).get(n)
-            cells.append("-" if n not in r else f"{r[n]['us']:.0f}" + (f" ({ratio}x)" if ratio else ""))
-        exact = "yes" if r["exact"] else "NO"
+            ratio = r.get("over continual", {}).get(n)
+            cells.append("-" if n not in r else f"{r[n]['us']:,.0f}" + (f" ({ratio:.1f}x)" if ratio else ""))
+        exact = "yes" if r["exact"] and all(v for k, v in r.items() if k.startswith("same ")) else "NO"
         size = "x".join(map(str, r["clip"]))
-        lines.append(f"| {r['workload']} | {size} | {exact} | " + " | ".join(cells) + f" | {r['state_bytes']} |")
+        lines.append(f"| {r['workload']} | {size} | {exact} | " + " | ".join(cells) + f" | {r['state_bytes']:,} |")
+    best = [
+        max(v for n, v in r["over continual"].items() if n in cofx.backends.BACKENDS)
+        for r in rows
+        if "over continual" in r
+    ]
+    if best:
+        lines += ["", f"Best backend over continual-inference, geometric mean of {len(best)} rows: "
+                      f"{statistics.geometric_mean(best):.1f}x."]  # fmt: skip
     return "\n".join(lines)
 
 
@@ -188,7 +209,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", help="x3d slow stgcn tcn dilated dscnn encoder; default all")
     parser.add_argument("--small", action="store_true", help="smaller pictures, windows and widths")
-    parser.add_argument("--batch", type=int, default=1)
+    parser.add_argument("--batch", type=int, nargs="+", default=[1])
+    parser.add_argument("--backends", nargs="+", default=["eager", "onnxruntime"], choices=cofx.backends.BACKENDS)
+    parser.add_argument("--chunks", type=int, nargs="*", default=[4, 16], help="frames per call of forward_steps")
     parser.add_argument("--rounds", type=int, default=31)
     parser.add_argument("--before", type=Path, help="another checkout, timed beside this one")
     parser.add_argument("--output", type=Path, help=f"JSON file (default {RESULTS.name} if all are run)")
@@ -197,17 +220,23 @@ def main() -> None:
     torch.set_grad_enabled(False)
     warnings.simplefilter("ignore")
     before = None if given.before is None else other_cofx(given.before)
-    makers = workloads(given.small, given.batch)
     rows = []
-    for name in given.names or makers:
-        rows.append(measure(makers[name](), given.rounds, before))
-        print(json.dumps(rows[-1]), flush=True)
+    for batch in given.batch:
+        makers = workloads(given.small, batch)
+        for name in given.names or makers:
+            rows.append(measure(makers[name](), given.rounds, before, given.backends, given.chunks))
+            print(json.dumps(rows[-1]), flush=True)
     print(table(rows))
     output = given.output or (None if given.names or given.small else RESULTS)
     if output is not None:
-        about = {"torch": torch.__version__, "machine": platform.machine(), "cpu": _processor(), "threads": 1}
-        output.write_text(json.dumps({"about": about, "batch": given.batch, "rows": rows}, indent=1) + "\n")
-        output.with_suffix(".md").write_text(table(rows) + "\n")
+        versions = {n: importlib.metadata.version(n) for n in ("torch", "onnxruntime", "continual-inference")}
+        about = {**versions, "machine": platform.machine(), "cpu": _processor(), "threads": 1}
+        output.write_text(json.dumps({"about": about, "rows": rows}, indent=1) + "\n")
+        text = ", ".join(f"{k} {v}" for k, v in about.items())
+        output.with_suffix(".md").write_text(
+            f"CPU time per input frame in microseconds, median of blocks run in turn ({text}); in brackets how many "
+            f"times faster than continual-inference. `python benchmarks/run.py` writes this.\n\n{table(rows)}\n"
+        )
 
 
 def _processor() -> str:

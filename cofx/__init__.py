@@ -20,6 +20,7 @@ __version__ = "0.1.0"
 _HOME = {
     "compile": "step_module",
     "call_mode": "step_module",
+    "load": "saving",
     "StepModule": "step_module",
     "OutputInfo": "step_module",
     "CofxError": "runtime.errors",
@@ -43,6 +44,7 @@ __all__ = [
     "StepModule",
     "call_mode",
     "compile",
+    "load",
 ]
 
 

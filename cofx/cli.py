@@ -16,7 +16,7 @@ import sys
 import time
 import traceback
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
@@ -31,7 +31,7 @@ from rich.table import Table
 from torch import nn
 
 from . import __version__, checkpoints
-from .passes.errors import CompileError
+from .passes.errors import CaptureError, CompileError
 from .runtime.errors import CofxError, InputError
 from .step_module import StepModule, compile
 
@@ -40,7 +40,8 @@ out, err = Console(soft_wrap=True, emoji=False), Console(stderr=True, soft_wrap=
 
 Model = Annotated[str, typer.Argument(help="package.module:factory, or a .pt2 file: either is a program, which is run")]
 Input = Annotated[
-    list[str], typer.Option("--input", "-i", help="shape of a clip, such as 1x3x13x160x160; once for each input")
+    list[str],
+    typer.Option("--input", "-i", help="shape of a clip, such as 1x3x13x160x160, or 1x50:int64; once for each input"),
 ]
 TimeDim = Annotated[str, typer.Option(help="time axis; or with commas one for each input (none: no time)")]
 Kwargs = Annotated[str | None, typer.Option(help="arguments of the factory, in JSON: '{\"num_classes\": 4}'")]
@@ -65,11 +66,24 @@ class Source:
         """The step model; the first-clip warning goes to standard error."""
         with _busy("compiling", self.as_json), warnings.catch_warnings(record=True) as told:
             warnings.simplefilter("always")
-            step = compile(self.model, self.example, time_dim=self.time_dims, equivalence=self.equivalence)
+            try:
+                step = compile(self.model, self.example, time_dim=self.time_dims, equivalence=self.equivalence)
+            except CaptureError:
+                self._run_offline()
+                raise
         for message in told:
             if message.category is UserWarning:
                 err.print(f"note: {message.message}", style="yellow", markup=False)
         return step
+
+    def _run_offline(self) -> None:
+        """Raise `InputError` if it is the model itself that does not take such clips."""
+        try:
+            self.model(*self.example)
+        except Exception as error:
+            shapes = ", ".join("x".join(map(str, x.shape)) for x in self.example)
+            told = (str(error).strip().splitlines() or [""])[0]
+            raise InputError(f"the model itself fails on {shapes}: {type(error).__name__}: {told[:500]}") from error
 
 
 def _source(
@@ -92,7 +106,7 @@ def _source(
                 err.print(f"note: {word} in the checkpoint: {name}", style="yellow", markup=False)
     generator = torch.Generator().manual_seed(0)
     try:
-        example = tuple(torch.randn(_shape(text), generator=generator) for text in inputs)
+        example = tuple(_random(*_shape(text), generator) for text in inputs)
     except RuntimeError as error:
         raise InputError(f"no clip of shape {', '.join(inputs)} can be made: {str(error).splitlines()[0]}") from error
     dims: list[int | None] = []
@@ -106,14 +120,26 @@ def _source(
     return Source(made, example, tuple(dims), equivalence, as_json)
 
 
-def _shape(text: str) -> tuple[int, ...]:
+def _shape(text: str) -> tuple[tuple[int, ...], torch.dtype]:
+    """A shape, and a dtype after a colon."""
+    shape, colon, name = text.lower().partition(":")
+    dtype = getattr(torch, name, None) if colon else torch.float32
     try:
-        sizes = tuple(int(n) for n in text.lower().split("x"))
+        sizes = tuple(int(n) for n in shape.split("x"))
     except ValueError:
         sizes = ()
     if not sizes or min(sizes) < 1:
         raise InputError(f"--input takes a shape such as 1x3x13x160x160, not {text!r}")
-    return sizes
+    if not isinstance(dtype, torch.dtype) or dtype.is_complex:
+        raise InputError(f"--input takes a dtype such as float32, float64, int64 or bool after the colon, not {text!r}")
+    return sizes, dtype
+
+
+def _random(sizes: Sequence[int], dtype: torch.dtype, generator: torch.Generator) -> torch.Tensor:
+    """Noise; whole numbers are 0 or 1, which most tables have."""
+    if dtype.is_floating_point:
+        return torch.randn(sizes, generator=generator).to(dtype)
+    return torch.randint(0, 2, sizes, generator=generator).to(dtype)
 
 
 @contextmanager
@@ -277,7 +303,7 @@ def _noise(step: StepModule, length: int | None) -> list[torch.Tensor]:
     ticks = length or 3 * traced + step.compiled.plan.schedule.period
     generator = torch.Generator().manual_seed(1)
     return [
-        torch.randn([1 if i == b else n for i, n in enumerate(size)], generator=generator).to(dtype)
+        _random([1 if i == b else n for i, n in enumerate(size)], dtype, generator)
         for size, dtype, b in zip(spec.sizes(ticks), spec.dtypes, spec.batches, strict=True)
     ]
 
@@ -312,7 +338,9 @@ def bench(
         if as_json:
             print(json.dumps(timed))
         else:
-            _table("", [{k: f"{v:,.4g}" for k, v in timed.items()}])
+            for name, value in timed.items():
+                told = f"{value:,}" if isinstance(value, int) else f"{value:,.3f}"
+                out.print(f"{name.replace('_', ' '):<16} {told:>18}", highlight=False)
 
 
 def _median(run: Callable[[], Any], times: int, quiet: bool, what: str) -> float:

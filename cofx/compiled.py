@@ -19,6 +19,7 @@ from .passes.codegen.graph_module import FOREVER, Key, generate, state_specs
 from .passes.errors import CompileError, user_frame
 from .passes.pipeline import Leaf, Plan, tensors
 from .runtime.errors import InputError
+from .runtime.onnx_meta import may_end
 from .runtime.program import OutputSpan, Program, StateSpec
 from .runtime.state import StreamState, allocate, grow, take_apart
 
@@ -271,7 +272,7 @@ class Compiled:
         if self.steady_from == FOREVER:
             return "what is kept grows with the stream, or the stream has a longest length"
         phases = range(self._period)
-        if any(self._steady_key(phase, self.large_frames, kernels=False) is None for phase in phases):
+        if any(self._steady_key(phase, True, kernels=False) is None for phase in phases):
             return "the programs depend on the place in the stream"
         return None
 
@@ -297,7 +298,7 @@ class Compiled:
                     _, placed = home.step(phase, frames, placed)
 
             return resident
-        runs = [self.steady_program(phase, self.large_frames, backend) for phase in range(self._period)]
+        runs = [self.steady_program(phase, True, backend) for phase in range(self._period)]
 
         def plain() -> None:
             kept = parts
@@ -315,7 +316,7 @@ class Compiled:
         if shapes not in self._homes:
             sessions = {}
             for phase in range(self._period):
-                program = self._steady_key(phase, self.large_frames, kernels=False)
+                program = self._steady_key(phase, True, kernels=False)
                 assert program is not None
                 given = [*frames, *parts]
                 sessions[phase] = compile_session(self.plan, program.graph, program.tensors, given, len(frames))
@@ -442,6 +443,15 @@ class Compiled:
     def check_end(self, ticks: int) -> None:
         """Raise if the model, run offline on so many ticks, does otherwise than where it was traced."""
         capture, schedule = self.plan.capture, self.plan.schedule
+        hint = "compile(..., equivalence='clip') recomputes whole clips of the traced length"
+        if self.plan.runs is None:
+            assert self.plan.ends is not None
+            if not may_end({"ends": self.plan.ends}, ticks):
+                raise InputError(
+                    f"a stream of {ticks} frames cannot end here: at this length the model does otherwise than at the "
+                    f"traced {capture.points[0].ticks}\n    try     {hint}"
+                )
+            return
         streams = [
             (i, leaf.node.meta["val"].shape[v.layout.time], v.layout.time, schedule.length(v, ticks))
             for i, leaf in enumerate(self.plan.outputs)
@@ -454,7 +464,6 @@ class Compiled:
             pairs = [(capture.sample(size, point), streamed) for _, size, _, streamed in streams]
             if all(offline == streamed or max(offline, streamed) <= 0 for offline, streamed in pairs):
                 return
-        hint = "compile(..., equivalence='clip') recomputes whole clips of the traced length"
         line = self.plan.runs.otherwise(ticks)
         if line is not None:
             raise InputError(

@@ -27,16 +27,41 @@ from .verification import TOLERANCES
 
 README = """# A step model
 
-`step.onnx` takes {frames} frame(s) per call and keeps its state in the open: feed `state_out_*` back as `state_in_*`.
-All states begin as zeros. `start` begins a lane anew, `ready` false holds it, `length` (else -1) tells where it ends;
-after that further calls give what is still due. `<output>_valid` tells which frames of an output exist.
+Takes {inputs}: {ticks} frame(s) per call; gives {outputs}, and `<name>_valid`: which of its frames exist.
+State is in the open: `state_out_*` of a call is `state_in_*` of the next one; all zeros is a stream that has not begun.
+Per lane (batch, 1): `start` (bool) begins anew, `ready` (bool) false holds it, `length` (int64, else -1) tells its end,
+after which {flush} more call(s) give what is still due. step.json has every shape, dtype and delay.
 
-- Python: `from cofx.runtime import OnnxStep; step = OnnxStep("step.onnx"); y = step.forward_steps(x); step.flush()`
-- C++: `session.Run(...)` with the inputs that step.json names; swap the two sets of state tensors after each call.
-- JavaScript: `await session.run({{...frames, start, ready, length, ...states}})` of onnxruntime-web, likewise.
-
+Python (`OnnxStep` does all of this; pip install cofx onnxruntime):
+```python
+from cofx.runtime import OnnxStep
+step = OnnxStep("step.onnx")
+y = step.forward_steps({arguments})  # any multiple of {ticks} frames; None as long as nothing is due
+rest = step.flush()
+```
+C++ (ONNX Runtime), names as in step.json:
+```cpp
+auto out = session.Run({{}}, in_names, inputs.data(), inputs.size(), out_names, n_out);
+for (size_t k = 0; k < {states}; ++k) inputs[{first} + k] = std::move(out[n_out - {states} + k]);
+```
+JavaScript (onnxruntime-web), `meta` being step.json and `state` zeros by name:
+```js
+const out = await session.run({{{arguments}, start, ready, length, ...state}});
+for (const s of meta.states) state[s.name] = out[s.out];
+```
 `step.pt2`, for `torch.export.load`, is the same: (frames, start, ready, length, states) -> (outputs, valid, states).
 """
+
+
+def readme(meta: Mapping[str, Any]) -> str:
+    """How to drive the files, from what step.onnx says of itself."""
+    names = [i["name"] for i in meta["inputs"]]
+    return README.format(
+        inputs=", ".join(f"`{i['name']}` {i['dtype']} ({', '.join(map(str, i['shape']))})" for i in meta["inputs"]),
+        outputs=", ".join(f"`{o['name']}` ({o['equivalence']}, delay {o['delay']})" for o in meta["outputs"]),
+        ticks=meta["frames_per_step"], flush=meta["flush_calls"], arguments=", ".join(names),
+        states=len(meta["states"]), first=len(names),
+    )  # fmt: skip
 
 
 class ConversionError(CofxError):
@@ -76,7 +101,7 @@ def convert(
         tell("writing step.pt2")
         _write_program(step, made / "step.pt2", frames_per_step, longest)
         runner = OnnxStep(made / "step.onnx")
-        (made / "README.md").write_text(README.format(frames=runner.frames_per_step))
+        (made / "README.md").write_text(readme(runner.meta))
         (made / "step.json").write_text(json.dumps(runner.meta, indent=1) + "\n")
         tell("verifying the step model")
         found = step.verify(*clips)

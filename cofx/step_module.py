@@ -27,6 +27,7 @@ from .passes.codegen.graph_module import Key
 from .passes.errors import CaptureError
 from .passes.make_continual import make_continual
 from .passes.pipeline import Leaf, Plan, compile_plan
+from .passes.saved_plan import SavedModel
 from .report import Report, report, tell_ptflops
 from .runtime.alone import alone, in_use
 from .runtime.errors import InputError, StateError
@@ -34,6 +35,7 @@ from .runtime.lane_layout import LaneLayout
 from .runtime.lane_state import LaneState, lane_indices, take_lanes
 from .runtime.state import StreamState, restore, snapshot
 from .runtime.state_file import HELD, read_state, write_state
+from .saving import save_step, saved_plan
 from .verification import Verification, verify
 
 MODES = ("forward", "forward_step", "forward_steps")
@@ -227,8 +229,21 @@ class StepModule(nn.Module):
         self._lane_programs = None
         self._place(StreamState())
 
+    def _restore(self, plan: Plan, ticks: int, batch: int, changed: bool) -> None:
+        """Go on with a plan from a file; `changed`: it is not the user's own module that it is of."""
+        self._reference = [self.model] if changed else []
+        self._ticks = ticks
+        self._compiled = compiled = Compiled(self.model, plan, batch, self._backend)
+        sizes = zip(compiled.spec.sizes(ticks), compiled.spec.dtypes, strict=True)
+        self._example = tuple(torch.zeros(s, dtype=d, device=compiled.spec.device) for s, d in sizes)
+        if self._backend != "eager":
+            frames = compiled.spec.frame(self._example)
+            compiled.prepare(frames, compiled.spec.batch_of(frames, frames=True))
+
     @untraced
     def _plan(self, example: Sequence[torch.Tensor], clock: Clock, ticks: int, batch: int) -> Plan:
+        if isinstance(self.model, SavedModel):
+            return saved_plan(self.model, batch)
         window = self._clip_length or ticks
         chosen = [self._nonlocal_ops] if isinstance(self._nonlocal_ops, str) else self._nonlocal_ops.values()
         reference = None
@@ -627,6 +642,17 @@ class StepModule(nn.Module):
             self._compiled = Compiled(self.reference_module, plan, batch, self._backend)
             self.set_state(stream)
 
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the compiled model to a file, with which `cofx.load` goes on at once: nothing is traced again.
+
+        It holds the traced graph as data and the parameters (safetensors), no code. The running stream is not in it
+        (see `save_state`), nor is the offline model.
+
+        Raises:
+            SavedPlanError: something has no form in a file; none is left behind.
+        """
+        save_step(self, path)
+
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
         """The model's own: its checkpoints load into either."""
         return self.model.state_dict(*args, **kwargs)
@@ -679,7 +705,6 @@ class StepModule(nn.Module):
             OnnxError: an op has no ONNX form; the message names it. No file is left behind.
             InputError: `frames_per_step` is no multiple of the period.
         """
-        from .passes.codegen.onnx import OPSET, export_onnx
         from .quantize import KINDS, quantize_int8
 
         if quantize is not None:
@@ -688,7 +713,7 @@ class StepModule(nn.Module):
             folder = Path(path).absolute().parent
             with tempfile.TemporaryDirectory(dir=folder, prefix=".cofx-") as scratch:
                 full, small = Path(scratch, "full.onnx"), Path(scratch, "small.onnx")
-                self.to_onnx(full, frames_per_step, False, opset, controls, longest)
+                self._export(full, frames_per_step, False, opset, controls, longest, plain=True)
                 batches = self.compiled.plan.clock.batch_dims
                 one = [x if b is None else x.narrow(b, 0, 1) for x, b in zip(self._example, batches, strict=True)]
                 found = quantize_int8(full, small, [x.cpu().numpy() for x in one])
@@ -696,7 +721,16 @@ class StepModule(nn.Module):
             print(
                 f"int8: differs from full precision by {found['difference']:.3g} (outputs up to {found['largest']:.3g})"
             )
-            return
+        else:
+            self._export(path, frames_per_step, dynamic_batch, opset, controls, longest)
+
+    def _export(
+        self, path: str | os.PathLike[str], frames_per_step: int | None, dynamic_batch: bool, opset: int | None,
+        controls: bool, longest: int | None, plain: bool = False,
+    ) -> None:  # fmt: skip
+        """`to_onnx` in full precision; `plain`: recurrent layers as products, which can be quantised."""
+        from .passes.codegen.onnx import OPSET, export_onnx
+
         programs = self._programs()
         period = programs.schedule.period
         if frames_per_step is not None and (frames_per_step < 1 or frames_per_step % period):
@@ -712,6 +746,7 @@ class StepModule(nn.Module):
             opset=opset,
             controls=controls,
             capacity=programs.longest(longest),
+            plain=plain,
         )
 
     def report(self) -> Report:

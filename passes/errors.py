@@ -104,6 +104,8 @@ _LIBRARIES = (_TORCH, _PACKAGE, os.path.dirname(sympy.__file__) + os.sep, "<eval
 
 def user_frame(node: fx.Node) -> str:
     """The innermost line of the user's own code that led to `node`: ``file:line in function:  code``."""
+    if "line" in node.meta:  # it was read from a file
+        return str(node.meta["line"])
     frames = _FRAME.findall(node.meta.get("stack_trace") or "")
     own = [f for f in frames if not f[0].startswith(_TORCH)] or frames
     if not own:
@@ -129,6 +131,8 @@ def is_users(file: str) -> bool:
 
 def module_path(node: fx.Node) -> str:
     """The qualified name of the submodule in whose forward `node` was traced ("" for the model itself)."""
+    if "module" in node.meta:
+        return str(node.meta["module"])
     stack = list((node.meta.get("nn_module_stack") or {}).values())
     path = str(stack[-1][0]) if stack else ""
     return re.sub(r"^(L\['self'\]|self)\.?", "", path)

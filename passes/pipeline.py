@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import fx, nn
@@ -120,7 +121,8 @@ class Plan:
     constants: Constants
     clock: Clock
     capture: Capture
-    runs: Runs
+    runs: Runs | None  # None if the module is not there, see saved_plan.py
+    ends: dict[str, Any] | None  # then: the lengths at which a stream may end
     limit: (
         tuple[int, str | None] | None
     )  # the last tick up to which the model does as it was traced, and where it ceases to
@@ -206,6 +208,45 @@ def compile_plan(
         facts = propagate_facts(graph, captured, clock, constants, context)
         values = _values(facts, leaves, "clip", newest)
     _check(facts, leaves, values, equivalence, choose)
+    return _plan(
+        graph, captured, clock, constants, facts, leaves, values, limit if branch is None else None, branch, runs
+    )
+
+
+def plan_of(
+    model: nn.Module,
+    graph: fx.Graph,
+    captured: Capture,
+    clock: Clock,
+    *,
+    equivalence: str | None,
+    newest: bool,
+    context: int | None,
+    limit: tuple[int, str | None] | None,
+    branch: str | None,
+    ends: dict[str, Any],
+) -> Plan:
+    """The plan of a canonical graph that was a plan's before, see saved_plan.py; its module cannot be run."""
+    constants = Constants(tensors(model, captured), not_constant(graph, captured))
+    facts = propagate_facts(graph, captured, clock, constants, context)
+    leaves = list(pytree.tree_leaves(graph.output_node().args[0]))
+    values = _values(facts, leaves, "clip" if branch is not None else equivalence, newest)
+    return _plan(graph, captured, clock, constants, facts, leaves, values, limit, branch, None, ends)
+
+
+def _plan(
+    graph: fx.Graph,
+    captured: Capture,
+    clock: Clock,
+    constants: Constants,
+    facts: Facts,
+    leaves: list[fx.Node],
+    values: list[Value | None],
+    limit: tuple[int, str | None] | None,
+    branch: str | None,
+    runs: Runs | None,
+    ends: dict[str, Any] | None = None,
+) -> Plan:
     schedule = schedule_delays(facts.streams, values)
     nodes = [n for n in graph.nodes if n.op == "placeholder"]
     by_node = {v.node: v for v in facts.streams.inputs}
@@ -220,7 +261,8 @@ def compile_plan(
         clock=clock,
         capture=captured,
         runs=runs,
-        limit=limit if branch is None else None,
+        ends=ends,
+        limit=limit,
         branch=branch,
     )
 

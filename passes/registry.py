@@ -504,4 +504,4 @@ def _plain(arg: Any) -> Any:
     """An argument in a form in which two can be compared."""
     if isinstance(arg, (list, tuple)):
         return tuple(_plain(a) for a in arg)
-    return arg
+    return "nan" if isinstance(arg, float) and arg != arg else arg

@@ -29,6 +29,11 @@ def write_state(
     """
     library = importlib.import_module(f"safetensors.{framework}")
     data: bytes = library.save(dict(tensors), metadata={KEY: json.dumps({"format": FORMAT, **about})})
+    replace_file(path, data)
+
+
+def replace_file(path: str | os.PathLike[str], data: bytes) -> None:
+    """Write a file all at once or not at all."""
     target = os.path.abspath(os.fspath(path))
     handle, draft = tempfile.mkstemp(dir=os.path.dirname(target), prefix=".cofx-")
     try:

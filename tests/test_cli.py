@@ -45,6 +45,14 @@ MODELS = """
     def fails():
         raise RuntimeError("in the factory")
 
+    class Tokens(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.table, self.memory = nn.Embedding(2, 4), nn.GRU(4, 3, batch_first=True)
+
+        def forward(self, x):
+            return self.memory(self.table(x))[0]
+
     def leaves():
         raise SystemExit(0)
 
@@ -185,6 +193,35 @@ def test_convert_writes_all_and_run_streams_a_recording(folder: Path) -> None:
     assert verified["onnx"]["exact"]
     assert not as_json("verify", "cli_models:Net", "--kwargs", '{"width": 4}', *SHAPE, "--onnx", "out/step.onnx",
                        code=1)["onnx"]["exact"]  # fmt: skip
+
+
+def test_an_input_that_the_model_itself_does_not_take_is_no_refusal() -> None:
+    for command in ("inspect", "verify"):
+        told = as_json(command, "cli_models:Net", "-i", "1x4x20", code=2)
+        assert "the model itself fails on 1x4x20: RuntimeError" in told["error"] and "3 channels" in told["error"]
+
+
+def test_what_the_readme_says_is_so(folder: Path) -> None:
+    """Its Python runs as it stands, and the numbers in its C++ are those of the graph."""
+    as_json("convert", "cli_models:Net", *SHAPE, "-o", "out")
+    text = (folder / "out/README.md").read_text()
+    code = text.split("```python\n")[1].split("```")[0].replace("step.onnx", "out/step.onnx")
+    x = np.random.default_rng(0).standard_normal((1, 3, 40)).astype("float32")
+    scope = {"x": x}
+    exec(code, scope)
+    assert scope["y"].shape == (1, 2, 19) and scope["rest"] is None
+    meta = json.loads((folder / "out/step.json").read_text())
+    names = [i.name for i in scope["step"].session.get_inputs()]
+    assert f"inputs[{names.index('state_in_000')} + k]" in text and f"k < {len(meta['states'])};" in text
+    assert [o.name for o in scope["step"].session.get_outputs()][-len(meta["states"]) :][0] == "state_out_000"
+    assert "`x` float32 (batch, 3, 2)" in text and "run({x, start, ready, length, ...state})" in text
+
+
+def test_inputs_of_other_dtypes() -> None:
+    assert as_json("verify", "cli_models:Tokens", "-i", "1x12:int64", "--time-dim", "1")["exact"]
+    assert as_json("verify", "cli_models:Tokens", "-i", "1x12:int64", "--time-dim", "1", "--length", "30")["exact"]
+    for wrong in ("1x12", "1x12:load", "1x12:complex64", "1x12:", ":int64"):
+        as_json("verify", "cli_models:Tokens", "-i", wrong, "--time-dim", "1", code=2)
 
 
 def test_convert_to_int8(folder: Path) -> None:

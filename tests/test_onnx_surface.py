@@ -259,6 +259,54 @@ def test_an_op_without_onnx_form_is_named(tmp_path) -> None:
     assert os.listdir(tmp_path) == []
 
 
+def test_an_op_is_blamed_for_what_it_is_made_of(tmp_path) -> None:
+    class Quantile(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            y = x.sigmoid()
+            return torch.special.ndtri(y)
+
+    with pytest.raises(cofx.CompileError, match="(?s)prims.ndtri.*at .*test_onnx_surface.py.*special.ndtri"):
+        cofx.compile(Quantile(), X).to_onnx(tmp_path / "step.onnx")
+
+
+SPECIAL = {
+    "copysign": lambda x: torch.copysign(x + 3, torch.where(x > 0, x, -0.0)),
+    "copysign_number": lambda x: torch.copysign(x, -0.0),
+    "digamma": torch.digamma,
+    "erfc": torch.erfc,
+    "erfcx": torch.special.erfcx,
+    "erfinv": lambda x: torch.erfinv((x / 3).clamp(-1, 1)),
+    "fmax": lambda x: torch.fmax(x, torch.where(x > 1, torch.nan, -x)),
+    "fmin": lambda x: torch.fmin(torch.where(x > 1, torch.nan, -x), x),
+    "frexp": lambda x: torch.frexp(x * 1e30).mantissa + torch.frexp(x).exponent,
+    "i0": torch.i0,
+    "i0e": torch.special.i0e,
+    "i1": torch.special.i1,
+    "i1e": torch.special.i1e,
+    "lgamma": torch.lgamma,
+    "log_ndtr": torch.special.log_ndtr,
+    "signbit": lambda x: torch.signbit(torch.where(x > 0, x, -0.0)).float(),
+}
+
+
+class Special(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.cat([f(x) for f in SPECIAL.values()], 1)
+
+
+def test_special_functions(tmp_path) -> None:
+    """From -9 to 9, their poles left out; each within 1e-5 of its own scale."""
+    x = torch.linspace(-9, 9, 1201)[:1200].reshape(1, 60, 20)
+    step = cofx.compile(Special(), x)
+    step.to_onnx(tmp_path / "step.onnx")
+    got = torch.from_numpy(OnnxStep(tmp_path / "step.onnx").forward_steps(x.numpy()))
+    for name, mine, theirs in zip(SPECIAL, got[0].split(60), Special()(x)[0].split(60), strict=True):
+        near = theirs.isfinite() & (theirs.abs() < 1e3 if name == "digamma" else True)
+        assert torch.equal(mine.isnan(), theirs.isnan()), name
+        scale = theirs[near].abs().clamp(min=1)
+        assert ((mine - theirs)[near].abs() <= 1e-5 * scale).all(), name
+
+
 def test_what_is_no_step_model(tmp_path) -> None:
     path = tmp_path / "x.onnx"
     with pytest.raises(cofx.InputError):
@@ -306,6 +354,29 @@ print(step.forward_steps(np.ones((2, 3, 8), np.float32), pad_end=True)["deep"].s
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == "(2, 4, 4)"
+
+
+@pytest.mark.parametrize("kind", [nn.GRU, nn.LSTM, nn.RNN])
+def test_int8_weights_of_recurrent_layers(kind: type[nn.RNNBase], tmp_path, capsys) -> None:
+    class Memory(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.memory = kind(32, 96, 2, batch_first=True)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.memory(x.mT)[0].mT
+
+    torch.manual_seed(0)
+    model, x = Memory().eval(), torch.randn(1, 32, 20)
+    step = cofx.compile(model, x)
+    step.to_onnx(tmp_path / "full.onnx")
+    step.to_onnx(tmp_path / "int8.onnx", quantize="int8")
+    assert "int8: differs" in capsys.readouterr().out
+    ops = [n.op_type for n in onnx.load(tmp_path / "int8.onnx").graph.node]
+    assert ops.count("MatMulInteger") == 4 and kind.__name__ not in ops
+    got = torch.from_numpy(OnnxStep(tmp_path / "int8.onnx").forward_steps(x.numpy(), pad_end=True))
+    difference = (got - model(x)).abs().max()
+    assert 0 < difference < 0.05
 
 
 def test_int8_weights(tmp_path, capsys) -> None:

@@ -389,3 +389,9 @@ def test_a_clip_begins_where_slower_frames_begin_also_those_that_were_sped_up_ag
     step = cofx.compile(model, X[:, :, :8])
     assert (step.equivalence, step.stride) == ("clip", 2)
     assert step.verify(X[:, :, :14]).exact
+
+
+def test_a_number_that_is_none_is_the_same_at_every_length() -> None:
+    model = Of(lambda m, x: m.conv(torch.where(x > 1, torch.nan, x)).nan_to_num(), conv=nn.Conv1d(3, 2, 3))
+    step = cofx.compile(model, X)
+    assert step.equivalence == "stream" and step.verify(X).exact

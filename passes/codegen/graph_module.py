@@ -762,23 +762,28 @@ def generate(plan: Plan, key: Key, device: torch.device, validity: bool = False)
     graph, tensors, done = b.graph, b.root, False
     if key.folded:
         apart = {b.states[s.name].name: s.apart for s in specs if s.apart is not None} if key.apart else None
-        lowered = Lowering(module, plan.constants, _arguments(b, plan, specs), device, apart, key.kernels)
+        batches = [p.batch for p in plan.capture.points]
+        other = next((i for i, n in enumerate(batches) if n != batches[0]), 0)
+        arguments = _arguments(b, plan, specs), _arguments(b, plan, specs, other)
+        lowered = Lowering(module, plan.constants, arguments, device, apart, key.kernels)
         graph, tensors, done = lowered.graph, lowered.tensors, not apart or bool(lowered.size_of)
     wants = tuple(w for w in ("count", "length") if b.states[w].users)
     return Program(module, flatten(graph, tensors), graph, tensors, spans, wants, key.apart and done)
 
 
-def _arguments(b: Builder, plan: Plan, specs: list[StateSpec]) -> list[tuple[tuple[int, ...], torch.dtype]]:
-    """The shapes and dtypes of a program's arguments, for the traced batch size."""
+def _arguments(
+    b: Builder, plan: Plan, specs: list[StateSpec], point: int = 0
+) -> list[tuple[tuple[int, ...], torch.dtype]]:
+    """The shapes and dtypes of a program's arguments, for the batch size of a sample point."""
     shapes: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
     for traced, value in plan.inputs:
-        size = list(traced.meta["sizes"][0])
+        size = list(traced.meta["sizes"][point])
         if value is not None:
             size[value.layout.time] = len(b.span(value))
             if b.key.frames and value.rate == 1:
                 del size[value.layout.time]
         shapes[b.inputs[traced].name] = tuple(size), traced.meta["val"].dtype
-    batch = plan.capture.points[0].batch
+    batch = plan.capture.points[point].batch
     for spec in specs:
         shapes[b.states[spec.name].name] = spec.shape(batch), spec.dtype
     for name in ("count", "length"):

@@ -7,7 +7,7 @@ depends on parameters alone may be a constant (`Key.folded`).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from math import prod
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +20,8 @@ from torch.utils._python_dispatch import _disable_current_modes
 from ..canonicalize import bind, listed, unbind
 from .frames import Apart
 from .kernels import choose_kernels
+from .uniform import Uniform
+from .units import Units
 
 if TYPE_CHECKING:
     from .graph_module import Constants
@@ -44,7 +46,7 @@ class Lowering:
         self,
         module: fx.GraphModule,
         constants: Constants,
-        arguments: Shapes,
+        arguments: tuple[Shapes, Shapes],
         device: torch.device,
         apart: Mapping[str, int] | None = None,
         kernels: bool = True,
@@ -53,7 +55,7 @@ class Lowering:
         Args:
             module: the program.
             constants: what depends on parameters alone.
-            arguments: the shapes and dtypes of the program's arguments.
+            arguments: the shapes and dtypes of the program's arguments, for two batch sizes (or twice for one).
             device: where it runs.
             apart: the states that come and go frame by frame, with their dimension of frames; None if the program is
                 not for mid-stream.
@@ -64,14 +66,22 @@ class Lowering:
         self.tensors = {n.target: getattr(module, n.target) for n in module.graph.nodes if n.op == "get_attr"}
         self.graph = fx.Graph()
         self.graph.output(self.graph.graph_copy(module.graph, {}))
-        self.size_of = _sizes(self.graph, self.tensors, arguments, device)
+        one, other = arguments
+        self.device = device
+        self.size_of = _sizes(self.graph, self.tensors, one, device)
         for node in list(self.graph.nodes):
             if node.target is aten.batch_norm.default:
                 self.fold_norm(node)
         self.inputs: set[str] = set()  # the names of the arguments that are the caller's
         if apart and self.size_of:
-            arguments = self.take_apart(apart, arguments)
-            self.size_of = _sizes(self.graph, self.tensors, arguments, device)
+            one, other = self.take_apart(apart, one, other)
+            self.size_of = _sizes(self.graph, self.tensors, one, device)
+        if self.fast and self.size_of:
+            other_sizes = _sizes(self.graph, self.tensors, other, device)
+            Uniform(self.graph, self.size_of, other_sizes, self.number)
+            self.graph = Units(self.graph, self.size_of, other_sizes).graph
+            self.graph.eliminate_dead_code()
+            self.size_of = _sizes(self.graph, self.tensors, one, device)
         for node in list(self.graph.nodes):
             if node.target in CONVOLUTIONS:
                 self.convolution(node)
@@ -79,8 +89,8 @@ class Lowering:
             choose_kernels(self, self.inputs)
         self.graph.eliminate_dead_code()
 
-    def take_apart(self, apart: Mapping[str, int], arguments: Shapes) -> Shapes:
-        """Frames of these states one by one; the arguments as they are then."""
+    def take_apart(self, apart: Mapping[str, int], *arguments: Shapes) -> list[Shapes]:
+        """Frames of these states one by one; the shapes of the arguments as they are then."""
         given = [n for n in self.graph.nodes if n.op == "placeholder"]
         states = {n: apart[n.name] for n in given if n.name in apart}
         before = list(self.graph.output_node().args[0][1])  # type: ignore[index,arg-type]
@@ -92,12 +102,13 @@ class Lowering:
             return None if tensor is None else self.derived_name(how, [tensor], lambda: make(tensor))
 
         self.graph = Apart(self.graph, self.size_of, states, kept, derive).graph
-        after: list[tuple[tuple[int, ...], torch.dtype]] = []
-        for node, (size, dtype) in zip(given, arguments, strict=True):
-            axis = states.get(node)
-            single = size if axis is None else (*size[:axis], *size[axis + 1 :])
-            after += [(single, dtype)] * (1 if axis is None else size[axis])
-        return after
+        return [list(_single(given, shapes, states)) for shapes in arguments]
+
+    def number(self, number: torch.Tensor) -> str:
+        """The name of an attribute for a number that is known."""
+        name = f"number_{len(self.tensors)}"
+        self.tensors[name] = number.to(self.device)
+        return name
 
     def held(self, node: Any) -> torch.Tensor | None:
         """The tensor that a get_attr node names."""
@@ -240,6 +251,18 @@ class Lowering:
     def call(self, target: Any, *args: Any) -> fx.Node:
         """One call of a function."""
         return self.graph.call_function(target, args)
+
+
+def _single(
+    given: Sequence[fx.Node], arguments: Shapes, states: Mapping[fx.Node, int]
+) -> Iterator[tuple[tuple[int, ...], torch.dtype]]:
+    """The shapes of arguments, those of some states frame by frame."""
+    for node, (size, dtype) in zip(given, arguments, strict=True):
+        axis = states.get(node)
+        if axis is None:
+            yield size, dtype
+        else:
+            yield from [((*size[:axis], *size[axis + 1 :]), dtype)] * size[axis]
 
 
 def _sizes(

@@ -19,7 +19,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
+from torch import fx, nn
+from torch._decomp import decomposition_table
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils import _pytree as pytree
 
 from ...runtime.onnx_meta import FORMAT
@@ -88,6 +90,7 @@ def export_onnx(
     opset: int | None = None,
     controls: bool = True,
     capacity: int = 0,
+    plain: bool = False,
 ) -> None:
     """Write the step program of a plan to a file, checked by onnx; a failure leaves no file behind.
 
@@ -100,6 +103,7 @@ def export_onnx(
         opset: version of the operator set, 18 or later.
         controls: the graph takes start, ready and length.
         capacity: ticks of the longest stream, where all of a stream is kept.
+        plain: recurrent layers are written as products, step by step.
 
     Raises:
         OnnxError: an op has no ONNX form.
@@ -112,7 +116,7 @@ def export_onnx(
     device = next((t.device for t in plan.constants.tensors.values()), torch.device("cpu"))
     program = generate_exported(plan, ticks, device, controls, capacity)
     names = _names(plan, program, controls)
-    model = _convert(plan, program, names, controls, dynamic_batch, OPSET if opset is None else opset)
+    model = _convert(plan, program, names, controls, dynamic_batch, OPSET if opset is None else opset, plain)
     _describe(model, plan, program, names, about | {"limit": _limit(plan, schedule, capacity)}, controls)
     _save(onnx, model, os.fspath(path))
 
@@ -143,7 +147,7 @@ def _names(plan: Plan, program: LaneProgram, controls: bool) -> OnnxNames:
 
 
 def _convert(
-    plan: Plan, program: LaneProgram, names: OnnxNames, controls: bool, dynamic_batch: bool, opset: int
+    plan: Plan, program: LaneProgram, names: OnnxNames, controls: bool, dynamic_batch: bool, opset: int, plain: bool
 ) -> Any:
     """The program as an ONNX model."""
     lanes = 2 if dynamic_batch else 1
@@ -157,7 +161,7 @@ def _convert(
     with torch.no_grad(), quiet():
         try:
             exported = torch.export.export(step, tuple(arguments), dynamic_shapes=(tuple(dims),), strict=False)
-            if table := decompositions(exported.graph):
+            if table := decompositions(exported.graph, plain):
                 exported = exported.run_decompositions(table)
             converted = torch.onnx.export(
                 exported,
@@ -228,15 +232,34 @@ def blame(plan: Plan, error: BaseException) -> OnnxError:
     while chain is not None:
         said.append(str(chain))
         chain = chain.__cause__ or chain.__context__  # type: ignore[assignment]
-    ops = sorted(set(re.findall(r"(?:aten|prims)[.:]+\w+(?:\.\w+)?", " ".join(said))))
+    ops = sorted({f"{space}.{op}" for space, op in re.findall(r"(aten|prims)[.:]+(\w+)", " ".join(said))})
     text = ", ".join(ops) if ops else said[-1].strip().splitlines()[0]
-    named = {re.split(r"[.:]+", op)[1].replace("_", "") for op in ops}  # a prim is called as its op is, or nearly so
-    lines = {
-        user_frame(n): None
-        for n in plan.graph.nodes
-        if n.op == "call_function" and any(part.replace("_", "") in named for part in str(n.target).split(".")[1:2])
-    }
+    calls = [n for n in plan.graph.nodes if n.op == "call_function"]
+    lines = {user_frame(n): None for n in calls if _made_of(n) & set(ops)}
     return OnnxError("\n    at      ".join([f"the step program has no ONNX form: {text}", *filter(None, lines)]))
+
+
+def _made_of(node: fx.Node) -> set[str]:
+    """An op's name, and those of what it is decomposed into."""
+    found = {".".join(str(node.target).split(".")[:2])}
+    if isinstance(node.target, torch._ops.OpOverload) and node.target in decomposition_table:
+        args, kwargs = torch.fx.node.map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
+        flat, spec = pytree.tree_flatten((args, kwargs))
+        tensors = [i for i, x in enumerate(flat) if isinstance(x, torch.Tensor)]
+
+        def run(*given: torch.Tensor) -> Any:
+            filled = list(flat)
+            for i, x in zip(tensors, given, strict=True):
+                filled[i] = x
+            a, k = pytree.tree_unflatten(filled, spec)
+            return node.target(*a, **k)  # type: ignore[operator]
+
+        with contextlib.suppress(Exception):  # a size that was left open
+            examples = [torch.empty([int(s) for s in flat[i].shape], dtype=flat[i].dtype) for i in tensors]
+            table: dict[Any, Any] = dict(decomposition_table)
+            traced = make_fx(run, table, tracing_mode="fake")(*examples)
+            found |= {".".join(str(n.target).split(".")[:2]) for n in traced.graph.nodes}
+    return found
 
 
 def _describe(

@@ -17,14 +17,16 @@ from torch import fx
 from torch._decomp import decomposition_table
 
 from ..canonicalize import listed
+from . import special_functions
 
 aten = torch.ops.aten
 
 
-def decompositions(graph: fx.Graph) -> dict[Any, Callable[..., Any]]:
-    """Those that a graph needs."""
+def decompositions(graph: fx.Graph, plain: bool = False) -> dict[Any, Callable[..., Any]]:
+    """Those that a graph needs; with `plain`, recurrent layers are written as products too."""
     targets = {n.target for n in graph.nodes if n.target not in _WHERE or n.meta["val"].dtype == torch.bool}
-    return {op: f for op, f in TABLE.items() if op in targets}
+    table = TABLE | ({op: decomposition_table[op] for op in _RECURRENT} if plain else {})
+    return {op: f for op, f in table.items() if op in targets}
 
 
 def _out(size: int, k: int, s: int, p: int, d: int, ceil: bool) -> int:
@@ -189,6 +191,8 @@ def _median(x: torch.Tensor, dim: int, keepdim: bool = False) -> Any:
 
 _WHERE = {aten.where.self, aten.where.ScalarOther, aten.where.ScalarSelf, aten.where.Scalar}
 
+_RECURRENT = (aten.gru.input, aten.lstm.input, aten.rnn_tanh.input, aten.rnn_relu.input)
+
 TABLE: dict[Any, Callable[..., Any]] = {
     aten.cumprod.default: _running(torch.mul, False),
     aten.cummax.default: _running(torch.maximum, True),
@@ -199,6 +203,7 @@ TABLE: dict[Any, Callable[..., Any]] = {
     aten.median.dim: _median,
     aten.rrelu.default: _rrelu,
     aten.scaled_dot_product_attention.default: _attention,
+    **special_functions.TABLE,
 }
 TABLE.update(dict.fromkeys(_WHERE, _where))
 for _n in (1, 2, 3):
