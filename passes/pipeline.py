@@ -181,7 +181,7 @@ def compile_plan(
     graph, facts, constants = _understand(model, captured, clock, context)
 
     def again(longer: int) -> tuple[Capture, fx.Graph]:
-        other = capture(model, example, clock, longer, batch)
+        other = capture(model, example, clock, longer, batch, captured)
         return other, _understand(model, other, clock, context)[0]
 
     alike = captured.symbolic_time or compare_lengths(graph, captured, again)
