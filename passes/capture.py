@@ -81,6 +81,7 @@ class Capture:
         assumed: whether all that the trace took for certain (branches on sizes, numbers that did not move between the
             points) also holds at so many ticks. With a fixed length: whether it was traced there.
         read: the buffers whose values decided what was traced (a flag, a stride), as they were.
+        way: which of the ways of tracing succeeded.
     """
 
     graph: fx.Graph
@@ -93,6 +94,7 @@ class Capture:
     symbolic_time: bool
     assumed: Callable[[int], bool]
     read: dict[str, torch.Tensor]
+    way: str = ""
 
 
 @dataclass(frozen=True)
@@ -130,25 +132,36 @@ def _tile(x: torch.Tensor, axis: int | None, size: int) -> torch.Tensor:
     return x.index_select(axis, torch.arange(size, device=x.device) % x.shape[axis])
 
 
-def capture(model: nn.Module, example: Sequence[torch.Tensor], clock: Clock, ticks: int, batch: int) -> Capture:
+def capture(
+    model: nn.Module,
+    example: Sequence[torch.Tensor],
+    clock: Clock,
+    ticks: int,
+    batch: int,
+    like: Capture | None = None,
+) -> Capture:
     """Trace `model` at `ticks` and at least 2 lanes, with batch and time left open where the model allows it.
 
-    A model that does not leave its batch size open is traced at `batch` itself.
+    A model that does not leave its batch size open is traced at `batch` itself. `like`: a trace of it at another
+    length, in whose way alone this one is made.
 
     Raises:
         CaptureError: no way of tracing succeeded.
     """
     causes: dict[str, str] = {}  # by the line that raised
-    with TRACING, as_for_inference(model), quiet():
+    with TRACING, quiet():
         ways = [(_export_open, max(2, batch)), (_export_open_time, batch), (_export_open_batch, max(2, batch)),
                 (_export_fixed, batch), (_export_recorded, max(2, batch))]  # fmt: skip
         for way, lanes in dict.fromkeys(ways):
+            if like is not None and way.__name__ != like.way:
+                continue
             point = Point(lanes, ticks)
             try:
-                with time_limit(TIME_LIMIT):
+                with as_for_inference(model), time_limit(TIME_LIMIT):  # each way: forward may leave something behind
                     inputs, known = clock.resized(example, point), KnownValues(model)
                     program = way(model, inputs, clock, known)
                     found = _from_export(model, program, clock, point, known, recorded=way is _export_recorded)
+                found.way = way.__name__
                 if found.symbolic_batch or clock.batch(inputs) == batch:
                     return found
                 raise CaptureError("the model fixes the batch size")
@@ -490,7 +503,9 @@ def as_for_inference(model: nn.Module) -> Iterator[None]:
     finally:
         for m, training, attributes, buffers in before:
             m.training = training
-            if any(_own_buffers(m).get(name) is not b for name, b in buffers.items()):
+            now = _own_buffers(m)
+            if now.keys() != buffers.keys() or any(now[name] is not b for name, b in buffers.items()):
+                m._buffers.clear()
                 m._buffers.update(buffers)
             for name in m.__dict__.keys() - attributes.keys():
                 del m.__dict__[name]

@@ -27,6 +27,7 @@ from torch.utils import _pytree as pytree
 
 from .assertions import truth_without_error
 from .capture import CONGRUENT, TRACING, Capture, Clock, as_for_inference, quiet
+from .drop_caches import Kept, dropped, kept_by
 from .errors import is_users, line_of
 from .symbolic_recurrence import symbolic_recurrence
 
@@ -87,6 +88,7 @@ class Runs:
         self.like = [(tuple(x.shape), x.dtype, x.device) for x in example]
         self.seen: dict[int, Run | None] = {}
         self.traced, self.loops = captured.points[0].ticks, loops
+        self.without: Sequence[Kept] = ()  # what the model kept from earlier calls, and is run without
         self._reference: tuple[Run, set[Place]] | None = None
 
     def at(self, ticks: int) -> Run | None:
@@ -104,7 +106,7 @@ class Runs:
         try:
             reference = self.seen.get(self.traced)
             most = MORE_CALLS * (1 + reference.counts.total()) if reference else None
-            with on_fake_tensors(self.model):
+            with dropped(self.without), on_fake_tensors(self.model):
                 inputs = [
                     torch.empty(s, dtype=d, device=v)
                     for s, (_, d, v) in zip(self._sizes(ticks), self.like, strict=True)
@@ -118,6 +120,14 @@ class Runs:
             return None
         run.shapes = [x.shape for x in pytree.tree_leaves(outputs)]
         return run
+
+    def kept(self) -> list[Kept]:
+        """What the model keeps from a call with longer clips for later ones."""
+        found: list[Kept] = []
+        with contextlib.suppress(Exception), on_fake_tensors(self.model), kept_by(self.model, found):
+            self.model(*(torch.empty(s, dtype=d, device=v) for s, (_, d, v) in
+                         zip(self._sizes(2 * self.traced), self.like, strict=True)))  # fmt: skip
+        return found
 
     def _sizes(self, ticks: int) -> Iterator[list[int]]:
         axes = zip(self.like, self.clock.time_dims, self.clock.batch_dims, self.clock.frames, strict=True)

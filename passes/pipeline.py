@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -24,7 +25,8 @@ from .capture import Capture, Clock, Point, capture
 from .codegen.graph_module import Constants
 from .compare_lengths import compare_lengths
 from .compare_runs import Runs
-from .errors import NonLocalError, Refusal, RefusedError, module_path, user_frame
+from .drop_caches import Kept, alike_without, dropped
+from .errors import CompileError, NonLocalError, Refusal, RefusedError, module_path, user_frame
 from .fold_positions import fold_positions
 from .layout import TIME
 from .loops import Loop
@@ -156,6 +158,7 @@ def compile_plan(
     newest: bool,
     context: int | None = None,
     choose: Callable[[str, str], str] | None = None,
+    without: Sequence[Kept] = (),
 ) -> Plan:
     """Everything from the user's module to a schedule.
 
@@ -168,6 +171,7 @@ def compile_plan(
         newest: return only the newest frame of a clip's output.
         context: frames that attention may read, its own included, where the model sets no bound.
         choose: what becomes of a clip-wide op, by the path of its module and its name: "refuse" raises.
+        without: what the model kept from earlier calls, and is compiled without.
 
     Raises:
         CaptureError: the model cannot be traced.
@@ -177,7 +181,7 @@ def compile_plan(
     graph, facts, constants = _understand(model, captured, clock, context)
 
     def again(longer: int) -> tuple[Capture, fx.Graph]:
-        other = capture(model, example, clock, longer, batch)
+        other = capture(model, example, clock, longer, batch, captured)
         return other, _understand(model, other, clock, context)[0]
 
     alike = captured.symbolic_time or compare_lengths(graph, captured, again)
@@ -190,9 +194,15 @@ def compile_plan(
     values = _values(facts, leaves, equivalence, newest)
     loops = any(isinstance(n.target, Loop) for n in graph.nodes)
     runs = Runs(model, captured, clock, example, loops)
+    runs.without = without
     words = {_word(v) for v in values if v is not None}
     limit = runs.limit() if words & {"stream", "prefix"} else None
     branch = _branch(captured, runs, facts, values, alike, limit)
+    if branch is not None and not without and (kept := runs.kept()) and alike_without(model, kept, example):
+        with dropped(kept), contextlib.suppress(CompileError):
+            plan = compile_plan(model, example, clock, ticks, batch, equivalence, newest, context, choose, kept)
+            if plan.branch is None:
+                return plan
     if branch is not None:  # every clip has the traced length
         _may_be_clips(leaves[0], branch, equivalence)
         facts = propagate_facts(graph, captured, clock, constants, context)

@@ -354,3 +354,38 @@ def test_a_length_that_goes_in_steps_is_no_prefix() -> None:
     step = cofx.compile(model, x, time_dim=1)
     assert step.equivalence == "clip"
     assert step.verify(torch.randn(2, 19, 3)).exact
+
+
+class KeepsItsBias(nn.Module):
+    """A bias by distance that is kept from the longest clip so far (x-transformers' ALiBi)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv, self.slope = nn.Linear(4, 12), nn.Buffer(torch.tensor(0.3))
+        self.register_buffer("bias", None, persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(batch, time, 4)"""
+        n = x.shape[1]
+        if self.bias is None or self.bias.shape[0] < n:
+            at = torch.arange(n)
+            self.register_buffer("bias", -(at[None] - at[:, None]).abs() * self.slope, persistent=False)
+        assert self.bias is not None
+        mask = torch.ones(n, n, dtype=torch.bool).triu(1)
+        q, k, v = self.qkv(x).chunk(3, -1)
+        scores = (q @ k.transpose(1, 2) + self.bias[-n:, -n:]).masked_fill(mask, -torch.inf)
+        y: Tensor = scores.softmax(-1) @ v
+        return y
+
+
+def test_what_a_model_keeps_from_earlier_calls_is_no_branch() -> None:
+    torch.manual_seed(0)
+    model, x = KeepsItsBias().eval(), torch.randn(2, 9, 4)
+    with torch.no_grad():
+        model(x)
+    kept = model.bias
+    step = cofx.compile(model, x, time_dim=1)
+    assert step.equivalence == "stream"
+    assert model.bias is kept
+    assert step.verify(torch.randn(2, 40, 4)).exact
+    assert step.verify(x).exact

@@ -117,8 +117,6 @@ add(
     lambda: asteroid("SuDORMRFImprovedNet")(2, bn_chan=8, num_blocks=2, upsampling_depth=3, n_filters=16),
     (1, 1, 400),
 )
-add("asteroid/DCCRNet", lambda: asteroid("DCCRNet")("mini", stft_n_filters=32, stft_kernel_size=32, stft_stride=8,
-    n_freqs=17), (1, 320), time=1)  # fmt: skip
 add("asteroid/DCUNet", lambda: asteroid("DCUNet")("mini", stft_n_filters=64, stft_kernel_size=64, stft_stride=16,
     fix_length_mode="pad"), (1, 640), time=1)  # fmt: skip
 add(

@@ -92,8 +92,6 @@ add("tsai/TransformerModel", lambda: tsai("TransformerModel", "TransformerModel"
     (1, 3, 24))  # fmt: skip
 add("tsai/LSTMAttention", lambda: tsai("RNNAttention", "LSTMAttention")(3, 4, 24, 8, n_heads=2, encoder_layers=1),
     (1, 3, 24))  # fmt: skip
-add("tsai/ConvTranPlus", lambda: tsai("ConvTranPlus", "ConvTranPlus")(3, 4, 24, d_model=8, n_heads=2, dim_ff=16),
-    (1, 3, 24))  # fmt: skip
 add("tsai/xresnet1d18", lambda: tsai("XResNet1d", "xresnet1d18")(3, 4), (1, 3, 64))
 add("tsai/MLP", lambda: tsai("MLP", "MLP")(3, 4, 24, [8, 8], [0.1, 0.1]), (1, 3, 24))
 

@@ -190,6 +190,54 @@ def _() -> nn.Module:
     return Call(model, lambda m, x: m(x).pooler_output)
 
 
+@entry("transformers/Encodec", (1, 1, 128))
+def _() -> nn.Module:
+    model = of("EncodecModel", "EncodecConfig", target_bandwidths=[1.5], sampling_rate=1000, **CODEC)
+    return Call(model, lambda m, x: m(x).audio_values)
+
+
+@entry("transformers/Mimi", (1, 1, 128))
+def _() -> nn.Module:
+    return Call(of("MimiModel", "MimiConfig", **MIMI), lambda m, x: m(x).audio_values)
+
+
+@entry("transformers/FastSpeech2ConformerHifiGan", (1, 16, 8), time=1)
+def _() -> nn.Module:
+    return of("FastSpeech2ConformerHifiGan", "FastSpeech2ConformerHifiGanConfig", model_in_dim=8,
+              upsample_initial_channel=16, upsample_rates=[2, 2], upsample_kernel_sizes=[4, 4],
+              resblock_kernel_sizes=[3], resblock_dilation_sizes=[[1, 3]])  # fmt: skip
+
+
+@entry("transformers/Moonshine_encoder", (1, 1600), time=1)
+def _() -> nn.Module:
+    model = of("MoonshineModel", "MoonshineConfig", hidden_size=16, intermediate_size=32, encoder_num_hidden_layers=2,
+               decoder_num_hidden_layers=1, encoder_num_attention_heads=2, decoder_num_attention_heads=2,
+               vocab_size=32)  # fmt: skip
+    return hidden(model.encoder)  # type: ignore[arg-type]
+
+
+@entry("transformers/Parakeet_encoder", (1, 64, 16), time=1)
+def _() -> nn.Module:
+    return hidden(of("ParakeetEncoder", "ParakeetEncoderConfig", hidden_size=16, num_hidden_layers=2,
+                     num_attention_heads=2, intermediate_size=32, subsampling_conv_channels=8, num_mel_bins=16,
+                     conv_kernel_size=5))  # fmt: skip
+
+
+@entry("transformers/Qwen2Audio_encoder", (1, 8, 32))
+def _() -> nn.Module:
+    return hidden(of("Qwen2AudioEncoder", "Qwen2AudioEncoderConfig", d_model=16, encoder_layers=2, num_mel_bins=8,
+                     encoder_attention_heads=2, encoder_ffn_dim=32, max_source_positions=16))  # fmt: skip
+
+
+@entry("transformers/SpeechT5_encoder", (1, 640), time=1)
+def _() -> nn.Module:
+    model = of("SpeechT5ForSpeechToText", "SpeechT5Config", hidden_size=16, encoder_layers=2, decoder_layers=1,
+               encoder_attention_heads=2, decoder_attention_heads=2, encoder_ffn_dim=32, decoder_ffn_dim=32,
+               conv_dim=(16, 16), conv_stride=(5, 2), conv_kernel=(10, 3), num_feat_extract_layers=2,
+               num_conv_pos_embeddings=8, num_conv_pos_embedding_groups=2, vocab_size=32)  # fmt: skip
+    return hidden(model.speecht5.encoder)  # type: ignore[arg-type,union-attr]
+
+
 # language models, which are causal
 
 
@@ -214,6 +262,21 @@ for _name, _options in (
     ("FalconMamba", {"state_size": 4}),
     ("Rwkv", {"attention_hidden_size": 16}),
     ("Bloom", {"n_layer": 2, "n_head": 2}),
+    ("Qwen3", {"num_key_value_heads": 1, "head_dim": 8}),
+    ("Gemma2", {"num_key_value_heads": 1, "head_dim": 8}),
+    ("Phi", {"num_key_value_heads": 2}),
+    ("Phi3", {"num_key_value_heads": 2}),
+    ("GPTJ", {"n_embd": 16, "n_layer": 2, "n_head": 2, "rotary_dim": 4, "n_positions": 64}),
+    ("StableLm", {"num_key_value_heads": 2}),
+    ("Olmo2", {"num_key_value_heads": 2}),
+    ("Cohere", {"num_key_value_heads": 2}),
+    ("Granite", {"num_key_value_heads": 2}),
+    ("Starcoder2", {"num_key_value_heads": 2}),
+    ("XGLM", {"d_model": 16, "ffn_dim": 32, "num_layers": 2, "attention_heads": 2, "max_position_embeddings": 64}),
+    ("BioGpt", {"max_position_embeddings": 64}),
+    ("Lfm2", {"num_key_value_heads": 2}),
+    ("ModernBertDecoder", {}),
+    ("OpenAIGPT", {"n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 64}),
 ):
     entry(f"transformers/{_name}", (1, 16), time=1, tokens=20)(_no_cache(_name, **_options))
 

@@ -19,6 +19,7 @@ from ..layout import KEY, TIME, Dim, Layout, from_sizes
 from ..registry import Call, Fact, Pair, Sample, find_rule, lower_call, overloads, pair_rule, rule
 from ..schedule import Taps
 from ..stream_graph import SAME, Op, Read, Value, Window, read
+from .slicing import bound
 
 aten = torch.ops.aten
 
@@ -154,8 +155,8 @@ def slice_(call: Call) -> Fact:
     x = fact.value if isinstance(fact, Pair) else call.stream("self")
     axis = call.arg("dim", 0) % len(x.layout)
     sizes = call.out_sizes[axis]
-    starts = {s for s in call.sampled("start") if s is not None}
-    call.require(starts <= {0} and call.arg("step", 1) == 1, "part of a mask is read")
+    starts = bound(call.sampled("start"), x.lengths, (0,) * len(x.lengths))
+    call.require(set(starts) == {0} and call.arg("step", 1) == 1, "part of a mask is read")
     call.require(sizes == x.lengths, "its length is not that of the clip")
     if isinstance(fact, Pair):
         call.require(axis in (x.layout.time, x.layout.key), "part of the heads are read")
