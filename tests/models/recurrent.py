@@ -281,9 +281,8 @@ SAMPLES = [
     ),
     recurrent("padded", PaddedMemory),
     recurrent("trimmed", lambda: Net(lambda m, x: m.memory(x)[0][:, 2:-1], memory=nn.GRU(3, 4, batch_first=True))),
-    # a loop over frames is traced unrolled, at one length: a clip, until such loops are rolled up again
     recurrent("cell_loop", CellLoop, (2, 6, 3)),
-    recurrent("conv_memory_loop", ConvMemory, (1, 2, 5, 3, 3), time_dim=2, kind="clip", unbounded=False),
+    recurrent("conv_memory_loop", ConvMemory, (1, 2, 5, 3, 3), time_dim=2),
     recurrent(
         "gru_with_hidden",
         lambda: nn.GRU(3, 4, 2, batch_first=True),
