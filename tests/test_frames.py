@@ -15,7 +15,11 @@ def all_large(monkeypatch):
     monkeypatch.setattr(graph_module, "_large", lambda value: True)
 
 
-@pytest.mark.parametrize("sample", SAMPLES, ids=lambda s: s.name)
+@pytest.mark.parametrize(
+    "sample",
+    [pytest.param(s, marks=[pytest.mark.slow] if i % 3 else []) for i, s in enumerate(SAMPLES)],
+    ids=lambda s: s.name,
+)
 def test_collection(sample, all_large):
     case = compile_case(sample)
     for check in ("steps", "purity", "snapshot", "aliasing"):

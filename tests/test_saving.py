@@ -17,7 +17,11 @@ from models import SAMPLES
 CHECKS = ("steps", "chunks", "flush", "clean", "snapshot", "aliasing", "attributes", "latency")
 
 
-@pytest.mark.parametrize("sample", SAMPLES, ids=lambda s: s.name)
+@pytest.mark.parametrize(
+    "sample",
+    [pytest.param(s, marks=[pytest.mark.slow] if i % 3 else []) for i, s in enumerate(SAMPLES)],
+    ids=lambda s: s.name,
+)
 def test_collection(sample, tmp_path):
     case = compile_case(sample)
     case.step.save(tmp_path / "step")
