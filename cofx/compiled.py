@@ -3,28 +3,23 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
-from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
-from .backends import fastest, installed, measures, question, remember, remembered
 from .inputs import InputSpec
+from .mid_stream import MidStream
 from .passes.capture import Point, untraced
-from .passes.codegen.backends import compile_inductor, compile_session
 from .passes.codegen.graph_module import FOREVER, Key, generate, state_specs
 from .passes.errors import CompileError, user_frame
 from .passes.pipeline import Leaf, Plan, tensors
 from .runtime.errors import InputError
 from .runtime.onnx_meta import may_end
 from .runtime.program import OutputSpan, Program, StateSpec
-from .runtime.state import StreamState, allocate, grow, take_apart
-
-if TYPE_CHECKING:
-    from .runtime.resident import Residence
+from .runtime.state import StreamState, allocate, grow
 
 EVALUATIONS = 8  # of a clip or a loop's body in one program
 KEPT_PROGRAMS = 512
@@ -36,12 +31,11 @@ class Compiled:
 
     def __init__(self, model: nn.Module, plan: Plan, batch: int, backend: str = "eager") -> None:
         """`backend`: of the steps in mid-stream."""
-        self.model, self.plan, self.batch, self.backend = model, plan, batch, backend
+        self.model, self.plan, self.batch = model, plan, batch
         self.open_batch = plan.capture.symbolic_batch or all(b is None for b in plan.clock.batch_dims)
         self.specs = state_specs(plan.schedule)
         self.grows = bool(plan.schedule.growing)
         self.large_frames = any(spec.apart is not None for spec in self.specs)
-        self._whole = [replace(spec, apart=None) for spec in self.specs]
         self.spec = InputSpec.of(plan)
         self.programs: dict[Key, Program] = {}
         self.tables = [op for op in plan.schedule.graph.ops if op.limit is not None]
@@ -57,13 +51,7 @@ class Compiled:
         # ticks after which a step depends on the stream's phase alone, and every frame of its outputs exists
         settled = max(1, plan.schedule.settled, plan.schedule.sequential_from, *map(self._first, plan.outputs))
         self.steady_from = FOREVER if bounded else settled
-        self._steady: dict[tuple[int, bool, str], Callable[..., Any] | None] = {}
-        self._chosen: dict[tuple[torch.Size, ...], str] = {}  # the backend for frames of these shapes
-        self._homes: dict[tuple[torch.Size, ...], Residence] = {}
-        self._accepted: tuple[int | None, tuple[torch.Size, ...]] | None = None
-        self._period = plan.schedule.period
-        self._single = plan.out_spec.is_leaf()
-        self._flat = plan.out_spec.type is tuple and len(plan.outputs) == plan.out_spec.num_children
+        self.mid_stream = MidStream(self, backend)
         self.masks = plan.schedule.settled > 0 or any(
             op.carries or any(r.levels for r in op.reads) for op in plan.schedule.graph.ops
         )
@@ -98,17 +86,14 @@ class Compiled:
             self.plan.constants.renew(now)
             self._sources = [], []
             self.programs.clear()
-            self._steady.clear()
-            self._chosen.clear()
-            self._homes.clear()
             self._parameters = list(self.model.parameters())
-            self._accepted = None
             self.spec = InputSpec.of(self.plan)
             self._seen = seen
+            self.mid_stream = MidStream(self, self.mid_stream.backend)
         self._stale = False
         return changed
 
-    def _notice(self) -> None:
+    def notice(self) -> None:
         """Warn, once, if parameters have changed from which a running program has folded constants."""
         if torch.compiler.is_dynamo_compiling():
             return
@@ -145,187 +130,9 @@ class Compiled:
             self.programs[key] = generate(self.plan, key, self.spec.device)
         return self.programs[key]
 
-    def _folded(self) -> bool:
+    def folded(self) -> bool:
         """Whether what depends on parameters alone may be a constant: nobody asks for their gradients."""
         return not torch.is_grad_enabled() or not any(p.requires_grad for p in self._parameters)
-
-    def accept(self, frames: Sequence[torch.Tensor], batch: int | None) -> None:
-        """These inputs have been checked: frames of the same shapes need not be, in a stream of that batch size."""
-        self._accepted = (batch, tuple(x.shape for x in frames))
-
-    def steady_step(self, state: StreamState, frames: Sequence[torch.Tensor]) -> tuple[Any, StreamState] | None:
-        """A step's output and the state after, the short way; None where it has to be taken the long way.
-
-        The short way is there in mid-stream, for frames of shapes that were accepted before.
-        """
-        count, batch = state.count, state.batch
-        accepted, spec = self._accepted, self.spec
-        if count < self.steady_from or accepted is None or accepted[0] != batch or _watched():
-            return None
-        if len(frames) != len(accepted[1]):
-            return None
-        for x, shape, dtype in zip(frames, accepted[1], spec.dtypes, strict=True):
-            if not isinstance(x, torch.Tensor) or x.shape != shape or x.dtype is not dtype or x.device != spec.device:
-                return None
-        if not self._folded():
-            return None
-        self._notice()
-        traced = torch.compiler.is_dynamo_compiling()  # its own kernels fit with histories that are whole
-        backend = "eager"
-        if self.backend != "eager" and not traced and not any(x.requires_grad for x in frames):
-            backend = self._chosen.get(accepted[1]) or self.prepare(frames, batch)
-        phase = count % self._period
-        if backend == "onnxruntime":
-            home = self._homes[accepted[1]]
-            here = state.resident
-            if here is None or here.home is not home:
-                here = home.load(self._parts(state))
-            outputs, placed = home.step(phase, frames, here)
-            specs = self.specs if self.large_frames else self._whole
-            return self._packed(outputs), StreamState(count + 1, None, batch, None, specs, placed)
-        by_frame = self.large_frames and not traced
-        place = phase, by_frame or not self.large_frames, backend
-        if place not in self._steady:
-            if traced:
-                return None
-            self.steady_program(*place)
-        run = self._steady[place]
-        if run is None:
-            return None
-        kept = self._parts(state) if by_frame else state.tensors
-        assert kept is not None
-        outputs, after = run(*frames, *kept)
-        out = self._packed(outputs)
-        if by_frame:
-            return out, StreamState(count + 1, None, batch, after, self.specs)
-        return out, StreamState(count + 1, after, batch)
-
-    def _parts(self, state: StreamState) -> tuple[torch.Tensor, ...]:
-        """What is kept, as the programs of mid-stream take it."""
-        if state.apart is not None:
-            return state.apart
-        assert state.tensors is not None
-        return take_apart(state.tensors, self.specs) if self.large_frames else state.tensors
-
-    def _packed(self, outputs: Sequence[torch.Tensor | None]) -> Any:
-        """The frames of a step in the model's own structure."""
-        if self._single:
-            return outputs[0]
-        if self._flat and all(y is not None for y in outputs):
-            return tuple(outputs)
-        return self.pack(list(outputs), stacked=False)
-
-    def steady_program(self, phase: int, apart: bool, backend: str = "eager") -> Callable[..., Any] | None:
-        """The program of a step in mid-stream: the fastest, which takes large frames one by one, or a plain."""
-        place = phase, apart, backend
-        if place not in self._steady:
-            program = self._steady_key(phase, apart, kernels=backend == "eager")
-            if program is None:
-                self._steady[place] = None
-            elif backend == "inductor":
-                self._steady[place] = compile_inductor(program.graph, program.tensors)
-            else:
-                self._steady[place] = program.run
-        return self._steady[place]
-
-    def _steady_key(self, phase: int, apart: bool, kernels: bool) -> Program | None:
-        """The program of a step in mid-stream; None if there is none that depends on the phase alone."""
-        program = self.program(Key(phase, 1, frames=True, apart=apart, kernels=kernels))
-        return program if not program.wants and program.apart == apart else None
-
-    # -- backends ----------------------------------------------------------------------------------------------------
-
-    def prepare(self, frames: Sequence[torch.Tensor], batch: int | None) -> str:
-        """Make the programs of mid-stream for frames of these shapes, and tell which backend they are of.
-
-        Raises:
-            OnnxError: an op has no ONNX form, and ONNX Runtime was asked for.
-        """
-        shapes = tuple(x.shape for x in frames)
-        if shapes not in self._chosen:
-            names = installed() if self.backend == "auto" else [self.backend]
-            why = self._eager_only()
-            if why is not None:
-                warnings.warn(f"steps run eagerly, not by {self.backend}: {why}", stacklevel=5)
-                names = ["eager"]
-            key = question([str(n.target) for n in self.plan.graph.nodes] + [str(s) for s in shapes])
-            with torch.no_grad():
-                if len(names) == 1:
-                    self._chosen[shapes] = names[0]
-                    self._way(names[0], frames, batch)
-                elif not measures():
-                    self._chosen[shapes] = next(n for n in names if self._tried(n, frames, batch) is not None)
-                elif (known := remembered(key)) is not None and self._tried(known, frames, batch) is not None:
-                    self._chosen[shapes] = known
-                else:
-                    ways = {n: way for n in names if (way := self._tried(n, frames, batch)) is not None}
-                    self._chosen[shapes] = fastest(ways)
-                    remember(key, self._chosen[shapes])
-            if self._chosen[shapes] != "onnxruntime":
-                self._homes.pop(shapes, None)
-        return self._chosen[shapes]
-
-    def _eager_only(self) -> str | None:
-        """Why no other backend can run the steps of this model."""
-        if self.spec.device.type != "cpu" and self.backend == "onnxruntime":
-            return f"the model is on {self.spec.device}"
-        if self.steady_from == FOREVER:
-            return "what is kept grows with the stream, or the stream has a longest length"
-        phases = range(self._period)
-        if any(self._steady_key(phase, True, kernels=False) is None for phase in phases):
-            return "the programs depend on the place in the stream"
-        return None
-
-    def _tried(self, backend: str, frames: Sequence[torch.Tensor], batch: int | None) -> Callable[[], object] | None:
-        """One period by a backend; None if it cannot run this model."""
-        try:
-            way = self._way(backend, frames, batch)
-            way()
-        except Exception:
-            return None
-        return way
-
-    def _way(self, backend: str, frames: Sequence[torch.Tensor], batch: int | None) -> Callable[[], object]:
-        """One period by a backend, on frames of these shapes and a state of zeros."""
-        zeros = StreamState(self.steady_from, allocate(self.specs, batch or 1, self.spec.device), batch)
-        parts = self._parts(zeros)
-        if backend == "onnxruntime":
-            home = self._home(frames, parts)
-
-            def resident() -> None:
-                placed = home.load(parts)
-                for phase in range(self._period):
-                    _, placed = home.step(phase, frames, placed)
-
-            return resident
-        runs = [self.steady_program(phase, True, backend) for phase in range(self._period)]
-
-        def plain() -> None:
-            kept = parts
-            for run in runs:
-                if run is not None:
-                    _, kept = run(*frames, *kept)
-
-        return plain
-
-    def _home(self, frames: Sequence[torch.Tensor], parts: tuple[torch.Tensor, ...]) -> Residence:
-        """The programs of mid-stream in ONNX Runtime for frames of these shapes."""
-        from .runtime.resident import Residence
-
-        shapes = tuple(x.shape for x in frames)
-        if shapes not in self._homes:
-            sessions = {}
-            for phase in range(self._period):
-                program = self._steady_key(phase, True, kernels=False)
-                assert program is not None
-                given = [*frames, *parts]
-                sessions[phase] = compile_session(self.plan, program.graph, program.tensors, given, len(frames))
-            groups: list[int] = []
-            for i, spec in enumerate(self.specs):
-                apart = spec.apart if self.large_frames else None
-                groups += [i] * (1 if apart is None else spec.dims[apart][1])
-            self._homes[shapes] = Residence(sessions, frames, parts, groups)
-        return self._homes[shapes]
 
     def advance(
         self, state: StreamState, inputs: Sequence[torch.Tensor], ticks: int, length: int | None, frames: bool
@@ -334,7 +141,7 @@ class Compiled:
 
         `length`: the stream's length in ticks, if it has ended.
         """
-        self._notice()
+        self.notice()
         self._within_tables(state.count + ticks if length is None else length)
         parts: list[list[torch.Tensor]] = [[] for _ in self.plan.outputs]
         done = 0
@@ -390,7 +197,7 @@ class Compiled:
             first=first,
             holding=state.count < schedule.sequential_from,
             frames=frames,
-            folded=self._folded(),
+            folded=self.folded(),
             capacity=self.capacity(state.count + ticks),
         )
         program = self.program(key)
@@ -487,7 +294,7 @@ class Compiled:
         """
         traced, opened = self.plan.capture.points[0].ticks, self.plan.capture.symbolic_time
         first = 1 if opened else traced  # with a fixed length each one takes a run on fake tensors
-        last = min(512, max(64, 2 * traced, 4 * self._period)) if opened else traced + 31
+        last = min(512, max(64, 2 * traced, 4 * self.plan.schedule.period)) if opened else traced + 31
         refused = set()
         for length in range(first, last + 1):
             try:
@@ -526,12 +333,3 @@ class Compiled:
         if timed and all(t is None for t in timed):
             return None
         return pytree.tree_unflatten(out, self.plan.out_spec)
-
-
-def _watched() -> bool:
-    """Whether somebody looks on at the operations (a counter), or changes them (autocast)."""
-    return not torch.compiler.is_dynamo_compiling() and (
-        torch._C._len_torch_dispatch_stack() > 0
-        or torch._C._len_torch_function_stack() > 0
-        or torch.is_autocast_enabled("cpu")
-    )

@@ -224,7 +224,7 @@ class StepModule(nn.Module):
         compiled = Compiled(self.reference_module, plan, batch, self._backend)
         if self._backend != "eager":
             frames = compiled.spec.frame(example)
-            compiled.prepare(frames, compiled.spec.batch_of(frames, frames=True))
+            compiled.mid_stream.prepare(frames, compiled.spec.batch_of(frames, frames=True))
         self._compiled = compiled
         self._lane_programs = None
         self._place(StreamState())
@@ -238,7 +238,7 @@ class StepModule(nn.Module):
         self._example = tuple(torch.zeros(s, dtype=d, device=compiled.spec.device) for s, d in sizes)
         if self._backend != "eager":
             frames = compiled.spec.frame(self._example)
-            compiled.prepare(frames, compiled.spec.batch_of(frames, frames=True))
+            compiled.mid_stream.prepare(frames, compiled.spec.batch_of(frames, frames=True))
 
     @untraced
     def _plan(self, example: Sequence[torch.Tensor], clock: Clock, ticks: int, batch: int) -> Plan:
@@ -354,7 +354,7 @@ class StepModule(nn.Module):
             if not (start is None and ready is None and length is None):
                 return self._lane_call(frames, True, update_state, start=start, ready=ready, length=length)
             if self._compiled is not None:
-                done = self._compiled.steady_step(self._state, frames)
+                done = self._compiled.mid_stream.step(self._state, frames)
                 if done is not None:
                     if update_state:
                         self._go_on(done[1], frames)
@@ -364,7 +364,7 @@ class StepModule(nn.Module):
             compiled.spec.check(frames, 1, self._state.batch, frames=True)
             parts, state = compiled.advance(self._state, frames, 1, None, frames=True)
             out = compiled.pack([p[0] if p else None for p in parts], stacked=False)
-            compiled.accept(frames, state.batch)
+            compiled.mid_stream.accept(frames, state.batch)
             if update_state:
                 self._go_on(state, frames)
             return out
@@ -379,7 +379,7 @@ class StepModule(nn.Module):
         if self._compiled is not None and all(v is None for v in lanes.values()):
             # the count of frames is no constant of the module, for which dynamo would take it
             with torch._dynamo.patch_dynamo_config(allow_unspec_int_on_nn_module=True):
-                done = self._compiled.steady_step(self._state, frames)
+                done = self._compiled.mid_stream.step(self._state, frames)
                 if done is not None:
                     if update_state:
                         self._go_on(done[1], frames)
@@ -415,7 +415,7 @@ class StepModule(nn.Module):
         if torch.is_grad_enabled() or self._lanes is not None:
             return out
         for phase in range(self.compiled.plan.schedule.period):  # what is made while dynamo looks on is compiled anew
-            self.compiled.steady_program(phase, apart=not self.compiled.large_frames)
+            self.compiled.mid_stream.program(phase, apart=not self.compiled.large_frames)
         state = self._state
         object.__setattr__(self, "_state", StreamState(state.count, state.tensors, state.batch))
         return out

@@ -18,7 +18,7 @@ STEPS = ("steps", "purity", "snapshot", "aliasing", "clean")
 
 
 def chosen(step):
-    return set(step.compiled._chosen.values())
+    return set(step.compiled.mid_stream._chosen.values())
 
 
 @pytest.mark.filterwarnings("ignore:steps run eagerly")
@@ -160,7 +160,7 @@ def test_auto_measures_once(tmp_path, monkeypatch):
     step = cofx.compile(net(), CLIP, backend="auto")
     (answer,) = json.loads((tmp_path / "backends.json").read_text()).values()
     assert chosen(step) == {answer}
-    monkeypatch.setattr("cofx.compiled.fastest", lambda ways: pytest.fail("measured again"))
+    monkeypatch.setattr("cofx.mid_stream.fastest", lambda ways: pytest.fail("measured again"))
     again = cofx.compile(net(), CLIP, backend="auto")
     assert chosen(again) == {answer}
     clip = torch.randn(1, 3, 30)

@@ -1,0 +1,229 @@
+"""Steps in mid-stream: where what a step does depends on the stream's phase alone, and which backend runs it."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from .backends import fastest, installed, measures, question, remember, remembered
+from .passes.codegen.backends import compile_inductor, compile_session
+from .passes.codegen.graph_module import FOREVER, Key
+from .runtime.program import Program
+from .runtime.state import StreamState, allocate, take_apart
+
+if TYPE_CHECKING:
+    from .compiled import Compiled
+    from .runtime.resident import Residence
+
+Shapes = tuple[torch.Size, ...]
+
+
+class MidStream:
+    """The short way through a step: no masks, no count, no checks that were made before."""
+
+    def __init__(self, compiled: Compiled, backend: str) -> None:
+        self.compiled, self.backend = compiled, backend
+        plan = compiled.plan
+        self._whole = [replace(spec, apart=None) for spec in compiled.specs]
+        self._runs: dict[tuple[int, bool, str], Callable[..., Any] | None] = {}
+        self._chosen: dict[Shapes, str] = {}  # the backend for frames of these shapes
+        self._homes: dict[Shapes, Residence] = {}
+        self._accepted: tuple[int | None, Shapes] | None = None
+        self._period = plan.schedule.period
+        self._single = plan.out_spec.is_leaf()
+        self._flat = plan.out_spec.type is tuple and len(plan.outputs) == plan.out_spec.num_children
+
+    def accept(self, frames: Sequence[torch.Tensor], batch: int | None) -> None:
+        """These inputs have been checked: frames of the same shapes need not be, in a stream of that batch size."""
+        self._accepted = (batch, tuple(x.shape for x in frames))
+
+    def step(self, state: StreamState, frames: Sequence[torch.Tensor]) -> tuple[Any, StreamState] | None:
+        """A step's output and the state after, the short way; None where it has to be taken the long way.
+
+        The short way is there in mid-stream, for frames of shapes that were accepted before.
+        """
+        count, batch = state.count, state.batch
+        accepted, spec = self._accepted, self.compiled.spec
+        if count < self.compiled.steady_from or accepted is None or accepted[0] != batch or _watched():
+            return None
+        if len(frames) != len(accepted[1]):
+            return None
+        for x, shape, dtype in zip(frames, accepted[1], spec.dtypes, strict=True):
+            if not isinstance(x, torch.Tensor) or x.shape != shape or x.dtype is not dtype or x.device != spec.device:
+                return None
+        if not self.compiled.folded():
+            return None
+        self.compiled.notice()
+        traced = torch.compiler.is_dynamo_compiling()  # its own kernels fit with histories that are whole
+        backend = "eager"
+        if self.backend != "eager" and not traced and not any(x.requires_grad for x in frames):
+            backend = self._chosen.get(accepted[1]) or self.prepare(frames, batch)
+        phase = count % self._period
+        if backend == "onnxruntime":
+            home = self._homes[accepted[1]]
+            here = state.resident
+            if here is None or here.home is not home:
+                here = home.load(self._parts(state))
+            outputs, placed = home.step(phase, frames, here)
+            specs = self.compiled.specs if self.compiled.large_frames else self._whole
+            return self._packed(outputs), StreamState(count + 1, None, batch, None, specs, placed)
+        by_frame = self.compiled.large_frames and not traced
+        place = phase, by_frame or not self.compiled.large_frames, backend
+        if place not in self._runs:
+            if traced:
+                return None
+            self.program(*place)
+        run = self._runs[place]
+        if run is None:
+            return None
+        kept = self._parts(state) if by_frame else state.tensors
+        assert kept is not None
+        outputs, after = run(*frames, *kept)
+        out = self._packed(outputs)
+        if by_frame:
+            return out, StreamState(count + 1, None, batch, after, self.compiled.specs)
+        return out, StreamState(count + 1, after, batch)
+
+    def _parts(self, state: StreamState) -> tuple[torch.Tensor, ...]:
+        """What is kept, as the programs of mid-stream take it."""
+        if state.apart is not None:
+            return state.apart
+        assert state.tensors is not None
+        return take_apart(state.tensors, self.compiled.specs) if self.compiled.large_frames else state.tensors
+
+    def _packed(self, outputs: Sequence[torch.Tensor | None]) -> Any:
+        """The frames of a step in the model's own structure."""
+        if self._single:
+            return outputs[0]
+        if self._flat and all(y is not None for y in outputs):
+            return tuple(outputs)
+        return self.compiled.pack(list(outputs), stacked=False)
+
+    def program(self, phase: int, apart: bool, backend: str = "eager") -> Callable[..., Any] | None:
+        """The program of a step in mid-stream: the fastest, which takes large frames one by one, or a plain."""
+        place = phase, apart, backend
+        if place not in self._runs:
+            program = self._bare(phase, apart, kernels=backend == "eager")
+            if program is None:
+                self._runs[place] = None
+            elif backend == "inductor":
+                self._runs[place] = compile_inductor(program.graph, program.tensors)
+            else:
+                self._runs[place] = program.run
+        return self._runs[place]
+
+    def _bare(self, phase: int, apart: bool, kernels: bool) -> Program | None:
+        """The program of a step in mid-stream; None if there is none that depends on the phase alone."""
+        program = self.compiled.program(Key(phase, 1, frames=True, apart=apart, kernels=kernels))
+        return program if not program.wants and program.apart == apart else None
+
+    # -- backends ----------------------------------------------------------------------------------------------------
+
+    def prepare(self, frames: Sequence[torch.Tensor], batch: int | None) -> str:
+        """Make the programs of mid-stream for frames of these shapes, and tell which backend they are of.
+
+        Raises:
+            OnnxError: an op has no ONNX form, and ONNX Runtime was asked for.
+        """
+        shapes = tuple(x.shape for x in frames)
+        if shapes not in self._chosen:
+            names = installed() if self.backend == "auto" else [self.backend]
+            why = self._eager_only()
+            if why is not None:
+                warnings.warn(f"steps run eagerly, not by {self.backend}: {why}", stacklevel=5)
+                names = ["eager"]
+            key = question([str(n.target) for n in self.compiled.plan.graph.nodes] + [str(s) for s in shapes])
+            with torch.no_grad():
+                if len(names) == 1:
+                    self._chosen[shapes] = names[0]
+                    self._way(names[0], frames, batch)
+                elif not measures():
+                    self._chosen[shapes] = next(n for n in names if self._tried(n, frames, batch) is not None)
+                elif (known := remembered(key)) is not None and self._tried(known, frames, batch) is not None:
+                    self._chosen[shapes] = known
+                else:
+                    ways = {n: way for n in names if (way := self._tried(n, frames, batch)) is not None}
+                    self._chosen[shapes] = fastest(ways)
+                    remember(key, self._chosen[shapes])
+            if self._chosen[shapes] != "onnxruntime":
+                self._homes.pop(shapes, None)
+        return self._chosen[shapes]
+
+    def _eager_only(self) -> str | None:
+        """Why no other backend can run the steps of this model."""
+        if self.compiled.spec.device.type != "cpu" and self.backend == "onnxruntime":
+            return f"the model is on {self.compiled.spec.device}"
+        if self.compiled.steady_from == FOREVER:
+            return "what is kept grows with the stream, or the stream has a longest length"
+        phases = range(self._period)
+        if any(self._bare(phase, True, kernels=False) is None for phase in phases):
+            return "the programs depend on the place in the stream"
+        return None
+
+    def _tried(self, backend: str, frames: Sequence[torch.Tensor], batch: int | None) -> Callable[[], object] | None:
+        """One period by a backend; None if it cannot run this model."""
+        try:
+            way = self._way(backend, frames, batch)
+            way()
+        except Exception:
+            return None
+        return way
+
+    def _way(self, backend: str, frames: Sequence[torch.Tensor], batch: int | None) -> Callable[[], object]:
+        """One period by a backend, on frames of these shapes and a state of zeros."""
+        zeros = StreamState(
+            self.compiled.steady_from, allocate(self.compiled.specs, batch or 1, self.compiled.spec.device), batch
+        )
+        parts = self._parts(zeros)
+        if backend == "onnxruntime":
+            home = self._home(frames, parts)
+
+            def resident() -> None:
+                placed = home.load(parts)
+                for phase in range(self._period):
+                    _, placed = home.step(phase, frames, placed)
+
+            return resident
+        runs = [self.program(phase, True, backend) for phase in range(self._period)]
+
+        def plain() -> None:
+            kept = parts
+            for run in runs:
+                if run is not None:
+                    _, kept = run(*frames, *kept)
+
+        return plain
+
+    def _home(self, frames: Sequence[torch.Tensor], parts: tuple[torch.Tensor, ...]) -> Residence:
+        """The programs of mid-stream in ONNX Runtime for frames of these shapes."""
+        from .runtime.resident import Residence
+
+        shapes = tuple(x.shape for x in frames)
+        if shapes not in self._homes:
+            sessions = {}
+            for phase in range(self._period):
+                program = self._bare(phase, True, kernels=False)
+                assert program is not None
+                given = [*frames, *parts]
+                sessions[phase] = compile_session(
+                    self.compiled.plan, program.graph, program.tensors, given, len(frames)
+                )
+            groups: list[int] = []
+            for i, spec in enumerate(self.compiled.specs):
+                apart = spec.apart if self.compiled.large_frames else None
+                groups += [i] * (1 if apart is None else spec.dims[apart][1])
+            self._homes[shapes] = Residence(sessions, frames, parts, groups)
+        return self._homes[shapes]
+
+
+def _watched() -> bool:
+    """Whether somebody looks on at the operations (a counter), or changes them (autocast)."""
+    return not torch.compiler.is_dynamo_compiling() and (
+        torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._len_torch_function_stack() > 0
+        or torch.is_autocast_enabled("cpu")
+    )
