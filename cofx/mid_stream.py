@@ -210,7 +210,7 @@ class MidStream:
                 assert program is not None
                 given = [*frames, *parts]
                 sessions[phase] = compile_session(
-                    self.compiled.plan, program.graph, program.tensors, given, len(frames)
+                    self.compiled.plan, program.graph, program.tensors, given, len(frames), self._period == 1
                 )
             groups: list[int] = []
             for i, spec in enumerate(self.compiled.specs):

@@ -41,11 +41,13 @@ class SessionProgram:
         session: takes the frames and the parts of the state, gives what is made; None if nothing is.
         results: for each output leaf which of its outputs that is; None where nothing is due.
         after: where each part of the state after comes from.
+        rooms: the shape in which each part is kept; its second dimension may be longer than the part's.
     """
 
     session: ort.InferenceSession | None
     results: tuple[Made | None, ...]
     after: tuple[Passed | Made, ...]
+    rooms: tuple[tuple[int, ...], ...]
 
 
 @dataclass(frozen=True, eq=False)
@@ -89,6 +91,9 @@ class Residence:
         self.frames = [torch.zeros_like(x, memory_format=torch.contiguous_format) for x in frames]
         self.frame_values = [_value(x) for x in self.frames]
         self.groups = tuple(groups)
+        self.shapes = [x.shape for x in parts]
+        rooms = next(iter(programs.values())).rooms
+        parts = [x.new_zeros(room) for x, room in zip(parts, rooms, strict=True)]
         self.buffers: list[torch.Tensor] = []
         self.values: list[ort.OrtValue] = []
         self.rings: dict[int, list[int]] = {}
@@ -116,7 +121,7 @@ class Residence:
         places = {group: iter(ring) for group, ring in self.rings.items()}
         at = tuple(next(places[g]) for g in self.groups)
         for i, part in zip(at, parts, strict=True):
-            self.buffers[i].copy_(part)
+            _within(self.buffers[i], part.shape).copy_(part)
         state = Resident(self, at)
         self.live = state, None
         return state
@@ -125,7 +130,7 @@ class Residence:
         """Copies of all parts of a state."""
         if not any(state is s for s in self.live):
             raise AssertionError("a state of long ago")
-        return tuple(self.buffers[i].clone() for i in state.at)
+        return tuple(_within(self.buffers[i], shape).clone() for i, shape in zip(state.at, self.shapes, strict=True))
 
     def step(self, phase: int, frames: Sequence[torch.Tensor], state: Resident) -> tuple[list[Any], Resident]:
         """The outputs, which are the caller's, and the state after; None where nothing is due."""
@@ -191,6 +196,11 @@ _DTYPES = {
     "tensor(uint8)": torch.uint8,
     "tensor(bool)": torch.bool,
 }
+
+
+def _within(buffer: torch.Tensor, shape: torch.Size) -> torch.Tensor:
+    """A part in its buffer."""
+    return buffer if buffer.shape == shape else buffer.narrow(1, 0, shape[1])
 
 
 def _value(tensor: torch.Tensor) -> ort.OrtValue:

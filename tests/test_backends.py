@@ -173,6 +173,40 @@ def test_auto_without_measuring(monkeypatch):
     assert chosen(cofx.compile(net(), CLIP, backend="auto")) == {"onnxruntime"}
 
 
+class Depthwise(nn.Module):
+    """Channels that are no multiple of four, made, kept, joined, reduced and read in all the ways there are."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.wide = nn.Conv3d(3, 16, (1, 3, 3)), nn.Conv3d(16, 54, 1, bias=False)
+        self.time = nn.Conv3d(54, 54, 3, padding=(1, 1, 1), groups=54)
+        self.gate, self.down = nn.Conv3d(54, 54, 1), nn.Conv3d(54, 16, 1)
+        self.grouped = nn.Conv3d(54, 6, (1, 3, 3), groups=6)
+
+    def forward(self, x):
+        x = torch.relu(self.wide(self.stem(x)))
+        y = self.time(x)
+        y = y * torch.sigmoid(self.gate(y.mean((3, 4), keepdim=True))) + x
+        return self.down(y), self.grouped(y), y.amax(1), torch.softmax(y, 1)
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+@torch.no_grad()
+def test_channels_that_are_no_multiple_of_four(batch):
+    model = Depthwise().eval()
+    clip = torch.randn(batch, 3, 9, 14, 14)
+    step, plain = cofx.compile(model, clip, backend="onnxruntime"), cofx.compile(model, clip)
+    for x in torch.randn(batch, 3, 14, 14, 14).unbind(2):
+        got, want = step.forward_step(x), plain.forward_step(x)
+        assert (got is None) == (want is None)
+        if want is not None:
+            same(got, want)
+    a, b = step.get_state(), plain.get_state()
+    assert all(a[k].shape == b[k].shape for k in b)
+    (home,) = step.compiled.mid_stream._homes.values()
+    assert any(x.dim() == 4 and x.shape[1] == 56 for x in home.buffers), "nothing was padded"
+
+
 def test_unknown_backend():
     with pytest.raises(InputError, match="backend is one of"):
         cofx.compile(net(), CLIP, backend="cuda")

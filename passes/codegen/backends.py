@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import fx, nn
 
+from .channels import pad_channels
+from .lower import shapes_of
 from .onnx import LARGEST, OPSET, blame, quiet
 from .onnx_decompositions import decompositions
 
@@ -33,7 +35,12 @@ def compile_inductor(graph: fx.Graph, tensors: Mapping[str, torch.Tensor]) -> Ca
 
 
 def compile_session(
-    plan: Plan, graph: fx.Graph, tensors: Mapping[str, torch.Tensor], arguments: Sequence[torch.Tensor], frames: int
+    plan: Plan,
+    graph: fx.Graph,
+    tensors: Mapping[str, torch.Tensor],
+    arguments: Sequence[torch.Tensor],
+    frames: int,
+    alone: bool,
 ) -> SessionProgram:
     """A program as a session of ONNX Runtime, for arguments of just these shapes.
 
@@ -43,6 +50,7 @@ def compile_session(
         tensors: what its get_attr nodes name.
         arguments: of the shapes and dtypes in question.
         frames: how many of them are not state.
+        alone: no other program works on the same state.
 
     Raises:
         OnnxError: an op has no ONNX form.
@@ -50,10 +58,16 @@ def compile_session(
     """
     from ...runtime.resident import Made, Passed, SessionProgram, open_session
 
-    copy = fx.Graph()
-    returned: Any = copy.graph_copy(graph, {})
-    outputs, after = returned
+    copy, tensors = fx.Graph(), dict(tensors)
+    copy.output(copy.graph_copy(graph, {}))
     parts = [n for n in copy.nodes if n.op == "placeholder"][frames:]
+    sizes = shapes_of(copy, tensors, [(tuple(x.shape), x.dtype) for x in arguments], arguments[0].device)
+    channels = pad_channels(copy, sizes, tensors, parts) if alone else {}
+    kept = zip(parts, arguments[frames:], strict=True)
+    given = [*arguments[:frames], *(_with_channels(x, channels.get(n)) for n, x in kept)]
+    returned: Any = copy.output_node().args[0]
+    outputs, after = returned
+    copy.erase_node(copy.output_node())
     made: list[fx.Node] = []
 
     def output(node: fx.Node) -> Made:
@@ -62,11 +76,12 @@ def compile_session(
 
     results = tuple(None if y is None else output(y) for y in outputs)
     sources = tuple(Passed(parts.index(s)) if s in parts else output(s) for s in after)
+    rooms = tuple(tuple(x.shape) for x in given[frames:])
     if not made:
-        return SessionProgram(None, results, sources)
+        return SessionProgram(None, results, sources, rooms)
     copy.output(tuple(made))
     with torch.no_grad(), quiet():
-        exported = torch.export.export(_module(copy, tensors), tuple(arguments), strict=False)
+        exported = torch.export.export(_module(copy, tensors), tuple(given), strict=False)
         if table := decompositions(exported.graph):
             exported = exported.run_decompositions(table)
         try:
@@ -81,8 +96,13 @@ def compile_session(
 
             file = os.path.join(scratch, "step.onnx")
             onnx.save(model, file, save_as_external_data=True)
-            return SessionProgram(open_session(file, torch.get_num_threads()), results, sources)
-    return SessionProgram(open_session(model.SerializeToString(), torch.get_num_threads()), results, sources)
+            return SessionProgram(open_session(file, torch.get_num_threads()), results, sources, rooms)
+    return SessionProgram(open_session(model.SerializeToString(), torch.get_num_threads()), results, sources, rooms)
+
+
+def _with_channels(frame: torch.Tensor, channels: int | None) -> torch.Tensor:
+    """A frame of state with room for so many channels."""
+    return frame if channels is None else frame.new_zeros(frame.shape[0], channels, *frame.shape[2:])
 
 
 def _module(graph: fx.Graph, tensors: Mapping[str, torch.Tensor]) -> fx.GraphModule:

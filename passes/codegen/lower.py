@@ -68,20 +68,20 @@ class Lowering:
         self.graph.output(self.graph.graph_copy(module.graph, {}))
         one, other = arguments
         self.device = device
-        self.size_of = _sizes(self.graph, self.tensors, one, device)
+        self.size_of = shapes_of(self.graph, self.tensors, one, device)
         for node in list(self.graph.nodes):
             if node.target is aten.batch_norm.default:
                 self.fold_norm(node)
         self.inputs: set[str] = set()  # the names of the arguments that are the caller's
         if apart and self.size_of:
             one, other = self.take_apart(apart, one, other)
-            self.size_of = _sizes(self.graph, self.tensors, one, device)
+            self.size_of = shapes_of(self.graph, self.tensors, one, device)
         if self.fast and self.size_of:
-            other_sizes = _sizes(self.graph, self.tensors, other, device)
+            other_sizes = shapes_of(self.graph, self.tensors, other, device)
             Uniform(self.graph, self.size_of, other_sizes, self.number)
             self.graph = Units(self.graph, self.size_of, other_sizes).graph
             self.graph.eliminate_dead_code()
-            self.size_of = _sizes(self.graph, self.tensors, one, device)
+            self.size_of = shapes_of(self.graph, self.tensors, one, device)
         for node in list(self.graph.nodes):
             if node.target in CONVOLUTIONS:
                 self.convolution(node)
@@ -265,7 +265,7 @@ def _single(
             yield from [((*size[:axis], *size[axis + 1 :]), dtype)] * size[axis]
 
 
-def _sizes(
+def shapes_of(
     graph: fx.Graph, tensors: Mapping[str, torch.Tensor], arguments: Shapes, device: torch.device
 ) -> dict[fx.Node, tuple[int, ...]]:
     """The shape of every tensor in a graph, from arguments of example shapes; none if torch cannot tell."""
