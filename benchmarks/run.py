@@ -28,6 +28,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.utils._pytree import tree_leaves
 
 import cofx
 import cofx.backends
@@ -37,6 +38,7 @@ from workloads import Workload, workloads
 
 RESULTS = Path(__file__).parent / "results" / "run.json"
 Block = Callable[[], None]
+CLOSE = 1e-5  # of the largest number of an output: what float32 leaves of a deep net, offline as in a stream
 
 
 def other_cofx(checkout: Path) -> Any:
@@ -73,8 +75,9 @@ def cofx_variants(
         row[f"compile {backend} s"] = round(time.process_time() - began, 2)
         period = step.compiled.plan.schedule.period
         if backend == "eager":
-            verified = step.verify(clip)
-            row |= {"exact": verified.exact, "worst": verified.difference, "period": period}
+            largest = max(y.abs().max().item() for y in tree_leaves(load.model(clip)))
+            worst = step.verify(clip).difference
+            row |= {"exact": worst <= CLOSE * largest, "worst": worst, "largest": largest, "period": period}
             row |= {"equivalence": step.equivalence, "state_bytes": step.report().state_bytes}
         warm = max(3 * len(frames), getattr(step.compiled, "steady_from", 0) + len(frames))
         warm += -warm % period
@@ -104,7 +107,9 @@ def _steps(step: Any, frames: list[torch.Tensor], period: int) -> Block:
 
 
 def _same(a: Any, b: Any) -> bool:
-    return (a is None) == (b is None) and (a is None or torch.allclose(a, b, 1e-3, 1e-4))
+    if a is None or b is None:
+        return a is b
+    return bool((a - b).abs().max() <= CLOSE * b.abs().max())
 
 
 def frames_of(clip: torch.Tensor, time_dim: int) -> list[torch.Tensor]:
@@ -229,6 +234,10 @@ def main() -> None:
     print(table(rows))
     output = given.output or (None if given.names or given.small else RESULTS)
     if output is not None:
+        if output.exists():  # rows of other workloads stay
+            mine = {(r["workload"], str(r["clip"])) for r in rows}
+            kept = [r for r in json.loads(output.read_text())["rows"] if (r["workload"], str(r["clip"])) not in mine]
+            rows = sorted(kept + rows, key=lambda r: (r["workload"], r["clip"]))
         versions = {n: importlib.metadata.version(n) for n in ("torch", "onnxruntime", "continual-inference")}
         about = {**versions, "machine": platform.machine(), "cpu": _processor(), "threads": 1}
         output.write_text(json.dumps({"about": about, "rows": rows}, indent=1) + "\n")
