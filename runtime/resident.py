@@ -16,6 +16,8 @@ from typing import Any
 import onnxruntime as ort
 import torch
 
+from .errors import InputError
+
 WAYS = 512  # bindings that are kept
 
 
@@ -209,9 +211,19 @@ def _value(tensor: torch.Tensor) -> ort.OrtValue:
 
 
 def open_session(model: bytes | str, threads: int) -> ort.InferenceSession:
-    """A session of a model, or of the file that holds one."""
+    """A session of a model, or of the file that holds one.
+
+    Raises:
+        InputError: ONNX Runtime has no kernel for an op in a type, say.
+    """
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
     options.log_severity_level = 3
-    return ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+    try:
+        return ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+    except Exception as error:
+        raise InputError(
+            f"ONNX Runtime cannot run the step program: {error}\n    try     backend='eager', or 'auto', which takes "
+            "what can run"
+        ) from error
