@@ -239,21 +239,13 @@ def main() -> None:
             kept = [r for r in json.loads(output.read_text())["rows"] if (r["workload"], str(r["clip"])) not in mine]
             rows = sorted(kept + rows, key=lambda r: (r["workload"], r["clip"]))
         versions = {n: importlib.metadata.version(n) for n in ("torch", "onnxruntime", "continual-inference")}
-        about = {**versions, "machine": platform.machine(), "cpu": _processor(), "threads": 1}
+        about = {**versions, "machine": platform.machine(), "cpu": cofx.backends.processor(), "threads": 1}
         output.write_text(json.dumps({"about": about, "rows": rows}, indent=1) + "\n")
         text = ", ".join(f"{k} {v}" for k, v in about.items())
         output.with_suffix(".md").write_text(
             f"CPU time per input frame in microseconds, median of blocks run in turn ({text}); in brackets how many "
             f"times faster than continual-inference. `python benchmarks/run.py` writes this.\n\n{table(rows)}\n"
         )
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor()
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ import os
 import platform
 import shutil
 import statistics
-import tempfile
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -18,6 +17,7 @@ from pathlib import Path
 import torch
 
 from .runtime.errors import InputError
+from .runtime.state_file import replace_file
 
 BACKENDS = ("eager", "inductor", "onnxruntime", "auto")
 ROUNDS, SECONDS = 15, 0.3  # of one backend's measurement: at most so many blocks, and so long
@@ -81,11 +81,12 @@ def fastest(ways: Mapping[str, Callable[[], object]]) -> str:
 def question(about: object) -> str:
     """A key for what is asked: which backend is the fastest for this, on this machine, with these versions."""
     versions = [importlib.metadata.version(n) for n in ("torch", "onnxruntime") if not _missing(n)]
-    machine = [platform.machine(), _processor(), torch.get_num_threads(), installed()]
+    machine = [platform.machine(), processor(), torch.get_num_threads(), installed()]
     return hashlib.sha256(json.dumps([about, versions, machine], default=str).encode()).hexdigest()
 
 
-def _processor() -> str:
+def processor() -> str:
+    """The name of this machine's processor."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
@@ -117,8 +118,6 @@ def remember(key: str, answer: str) -> None:
         except (OSError, ValueError):
             known = {}
         known = known if isinstance(known, dict) else {}
-        with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as file:
-            json.dump({**known, key: answer}, file, indent=1)
-        os.replace(file.name, path)
+        replace_file(path, json.dumps({**known, key: answer}, indent=1).encode())
     except OSError:
         pass

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import os
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from .backends import known_backend
-from .passes.pipeline import Plan, plan_of
+from .passes.capture import named_tensors
+from .passes.pipeline import Plan
 from .passes.saved_plan import SavedModel, SavedPlanError, decode_plan, encode_plan
 from .runtime.errors import InputError
-from .runtime.state_file import replace_file
+from .runtime.state_file import read_tensors, replace_file
 
 if TYPE_CHECKING:
     from .step_module import StepModule
@@ -31,8 +32,7 @@ def save_step(step: StepModule, path: str | os.PathLike[str]) -> None:
         options = {"equivalence": step._equivalence, "newest": step._newest, "context": step._context}
         replaced = [str(r) for r in getattr(reference, "replaced", [])]
         record, extra = encode_plan(compiled.plan, options, compiled.known_ends(), replaced)
-    named = {**dict(reference.named_parameters(remove_duplicate=False)),
-             **dict(reference.named_buffers(remove_duplicate=False))}  # fmt: skip
+    named = named_tensors(reference)
     first: dict[int, str] = {}
     same = {name: first.setdefault(id(t), name) for name, t in named.items()}
     tensors = {f"{PARAMETER}{n}": named[n] for n in first.values()} | dict(extra)
@@ -71,18 +71,12 @@ def load(path: str | os.PathLike[str], *, backend: str = "eager") -> StepModule:
         SavedPlanError: the file is none, or of another version.
         OSError: it cannot be read.
     """
-    from safetensors import SafetensorError, safe_open
-
     from .step_module import StepModule
 
     backend = known_backend(backend)
     name = os.fspath(path)
-    with open(name, "rb"):
-        pass  # a file that is not there, or may not be read, is no bad file
     try:
-        with safe_open(name, framework="pt") as file:
-            about = json.loads((file.metadata() or {})[KEY])
-            tensors = {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118
+        tensors, about = read_tensors(name, KEY, "torch")
         if about["format"] != FORMAT:
             raise SavedPlanError(f"{name} has format {about['format']}; this version reads {FORMAT}")
         own = {k.removeprefix(PARAMETER): t for k, t in tensors.items() if k.startswith(PARAMETER)}
@@ -101,7 +95,7 @@ def load(path: str | os.PathLike[str], *, backend: str = "eager") -> StepModule:
             backend=backend,
         )
         step._restore(saved_plan(model, about["batch"]), about["ticks"], about["batch"], bool(about["changed"]))
-    except (SafetensorError, KeyError, ValueError, TypeError, AttributeError) as error:
+    except (KeyError, ValueError, TypeError, AttributeError) as error:
         if isinstance(error, InputError | SavedPlanError):
             raise
         raise SavedPlanError(f"{name} is no step model that cofx has saved: {error}") from error
@@ -114,8 +108,8 @@ def saved_plan(model: SavedModel, batch: int) -> Plan:
     Raises:
         SavedPlanError: it was traced for another batch size.
     """
-    plan = decode_plan(model.record, model.extra, model, plan_of)
-    traced: Any = plan.capture.points[0].batch
+    plan = decode_plan(model)
+    traced = plan.capture.points[0].batch
     fixed = not plan.capture.symbolic_batch and any(b is not None for b in plan.clock.batch_dims)
     if fixed and batch != traced:
         raise SavedPlanError(

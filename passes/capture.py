@@ -314,6 +314,14 @@ def needs_functionalization(graph: fx.Graph) -> bool:
     return False
 
 
+def named_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
+    """The parameters and buffers of a module by all of their names."""
+    return {
+        **dict(model.named_parameters(remove_duplicate=False)),
+        **dict(model.named_buffers(remove_duplicate=False)),
+    }
+
+
 def _from_export(
     model: nn.Module, program: ExportedProgram, clock: Clock, point: Point, known: KnownValues, recorded: bool
 ) -> Capture:
@@ -321,10 +329,7 @@ def _from_export(
     env: dict[fx.Node, fx.Node] = {}
     constants: dict[str, torch.Tensor] = {}
     specs = {s.arg.name: s for s in program.graph_signature.input_specs if hasattr(s.arg, "name")}
-    state = {
-        **dict(model.named_parameters(remove_duplicate=False)),
-        **dict(model.named_buffers(remove_duplicate=False)),
-    }
+    state = named_tensors(model)
     placeholders = []
     for node in inline_regions(program.graph).nodes:
         if node.op == "placeholder" and specs[node.name].kind is not InputKind.USER_INPUT:

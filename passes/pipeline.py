@@ -21,7 +21,7 @@ from torch.utils import _pytree as pytree
 
 from .build_clips import build_clips
 from .canonicalize import canonicalize
-from .capture import Capture, Clock, Point, capture
+from .capture import Capture, Clock, Point, capture, named_tensors
 from .codegen.graph_module import Constants
 from .compare_lengths import compare_lengths
 from .compare_runs import Runs
@@ -348,11 +348,7 @@ def _understand(
 
 def tensors(model: nn.Module, captured: Capture) -> dict[str, torch.Tensor]:
     """The model's parameters and buffers as they are now, and the constants of its trace."""
-    return {
-        **captured.constants,
-        **dict(model.named_parameters(remove_duplicate=False)),
-        **dict(model.named_buffers(remove_duplicate=False)),
-    }
+    return {**captured.constants, **named_tensors(model)}
 
 
 def _values(facts: Facts, leaves: list[fx.Node], equivalence: str | None, newest: bool) -> list[Value | None]:

@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from fractions import Fraction
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import fx, nn
@@ -21,9 +21,7 @@ from torch.utils import _pytree as pytree
 from .capture import Capture, Clock, Point
 from .errors import CompileError, module_path, user_frame
 from .loops import Collected, Loop
-
-if TYPE_CHECKING:
-    from .pipeline import Plan
+from .pipeline import Plan, plan_of
 
 NAMESPACES = ("aten", "prims", "torchvision")
 PYTHON = {f.__name__: f for f in (operator.getitem, operator.add, operator.sub, operator.mul, operator.floordiv)}
@@ -204,17 +202,13 @@ def _value(value: Any, index: Mapping[fx.Node, int]) -> Any:
 # -- reading -----------------------------------------------------------------------------------------------------------
 
 
-def decode_plan(record: Any, extra: Mapping[str, torch.Tensor], model: nn.Module, plan_of: Callable[..., Plan]) -> Plan:
-    """The plan of a record.
-
-    Args:
-        record, extra: of `encode_plan`.
-        model: with the parameters.
-        plan_of: `pipeline.plan_of`.
+def decode_plan(model: SavedModel) -> Plan:
+    """The plan that a model was saved with.
 
     Raises:
-        SavedPlanError: the record is none.
+        SavedPlanError: its record is none.
     """
+    record, extra = model.record, model.extra
     try:
         with FakeTensorMode():
             graph = _read_graph(record["graph"])
@@ -315,8 +309,8 @@ def _read(value: Any, made: list[fx.Node]) -> Any:
         return value
     ((kind, inner),) = value.items()
     match kind:
-        case "node":
-            return made[operator.index(inner) if inner >= 0 else len(made)]
+        case "node" if inner >= 0:
+            return made[inner]
         case "float":
             return float(inner)
         case "tuple":

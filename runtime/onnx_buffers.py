@@ -49,12 +49,12 @@ class Buffers:
         for old, new in (self.states, self.states[::-1]):
             binding = session.io_binding()
             for name, array in (*self.inputs.items(), *self.controls.items()):
-                binding.bind_ortvalue_input(name, _ort(array))
+                binding.bind_ortvalue_input(name, lend(array))
             for name, array in self.outputs.items():
-                binding.bind_ortvalue_output(name, _ort(array))
+                binding.bind_ortvalue_output(name, lend(array))
             for spec, a, b in zip(meta["states"], old, new, strict=True):
-                binding.bind_ortvalue_input(spec["name"], _ort(a))
-                binding.bind_ortvalue_output(spec["out"], _ort(b))
+                binding.bind_ortvalue_input(spec["name"], lend(a))
+                binding.bind_ortvalue_output(spec["out"], lend(b))
             self.bindings.append(binding)
         self.now = Now()
 
@@ -85,6 +85,17 @@ def _zeros(shape: Sequence[Any], dtype: str, lanes: int) -> Array:
         raise InputError(f"there is no room for an array of {dtype} {tuple(sizes)}: {error}") from error
 
 
-def _ort(array: Array) -> Any:
+def open_session(
+    model: str | bytes, threads: int, providers: Sequence[str] = ("CPUExecutionProvider",)
+) -> ort.InferenceSession:
+    """A session of a model, or of the file that holds one; ONNX Runtime's own errors if it cannot be run."""
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.inter_op_num_threads = 1
+    options.log_severity_level = 3
+    return ort.InferenceSession(model, options, providers=list(providers))
+
+
+def lend(array: Array) -> Any:
     """The array itself as ONNX Runtime sees it."""
     return ort.OrtValue.ortvalue_from_numpy(array)

@@ -18,13 +18,12 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
-import onnxruntime as ort
 
 from .alone import alone
 from .errors import InputError, LaneError, StateError
 from .lane_layout import LaneAxes, LaneLayout
 from .onnx_arrays import Arrays
-from .onnx_buffers import Array, Buffers, Now
+from .onnx_buffers import Array, Buffers, Now, open_session
 from .onnx_meta import NUMBERS, may_end, number, read_meta
 from .state_file import HELD, read_state, write_state
 
@@ -52,12 +51,8 @@ class OnnxStep:
         threads: int = 1,
         providers: Sequence[str] = ("CPUExecutionProvider",),
     ) -> None:
-        options = ort.SessionOptions()
-        options.intra_op_num_threads = threads
-        options.inter_op_num_threads = 1
-        options.log_severity_level = 3
         try:
-            self.session = ort.InferenceSession(os.fspath(path), options, providers=list(providers))
+            self.session = open_session(os.fspath(path), threads, providers)
         except Exception as error:
             raise InputError(f"{os.fspath(path)} cannot be run by ONNX Runtime: {error}") from error
         self.meta = read_meta(self.session, os.fspath(path))

@@ -16,7 +16,8 @@ from typing import Any
 import onnxruntime as ort
 import torch
 
-from .errors import InputError
+from .onnx_buffers import lend
+from .onnx_meta import DTYPES
 
 WAYS = 512  # bindings that are kept
 
@@ -91,7 +92,7 @@ class Residence:
         """
         self.programs = programs
         self.frames = [torch.zeros_like(x, memory_format=torch.contiguous_format) for x in frames]
-        self.frame_values = [_value(x) for x in self.frames]
+        self.frame_values = [lend(x.numpy()) for x in self.frames]
         self.groups = tuple(groups)
         self.shapes = [x.shape for x in parts]
         rooms = next(iter(programs.values())).rooms
@@ -116,7 +117,7 @@ class Residence:
     def _buffer(self, group: int, like: torch.Tensor) -> None:
         self.rings.setdefault(group, []).append(len(self.buffers))
         self.buffers.append(torch.zeros_like(like, memory_format=torch.contiguous_format))
-        self.values.append(_value(self.buffers[-1]))
+        self.values.append(lend(self.buffers[-1].numpy()))
 
     def load(self, parts: Sequence[torch.Tensor]) -> Resident:
         """Take in a state."""
@@ -160,8 +161,8 @@ class Residence:
         for number, made in enumerate(session.get_outputs()):
             if number not in written:
                 if (phase, number) not in self.outputs:
-                    held = torch.zeros([int(n) for n in made.shape], dtype=_DTYPES[made.type])
-                    self.outputs[phase, number] = held, _value(held)
+                    held = torch.zeros([int(n) for n in made.shape], dtype=getattr(torch, DTYPES[made.type]))
+                    self.outputs[phase, number] = held, lend(held.numpy())
                 written[number] = self.outputs[phase, number][1]
             binding.bind_ortvalue_output(made.name, written[number])
         if len(self.ways) >= WAYS:
@@ -187,43 +188,6 @@ class Residence:
         return tuple(after)
 
 
-_DTYPES = {
-    "tensor(float)": torch.float32,
-    "tensor(double)": torch.float64,
-    "tensor(float16)": torch.float16,
-    "tensor(int64)": torch.int64,
-    "tensor(int32)": torch.int32,
-    "tensor(int16)": torch.int16,
-    "tensor(int8)": torch.int8,
-    "tensor(uint8)": torch.uint8,
-    "tensor(bool)": torch.bool,
-}
-
-
 def _within(buffer: torch.Tensor, shape: torch.Size) -> torch.Tensor:
     """A part in its buffer."""
     return buffer if buffer.shape == shape else buffer.narrow(1, 0, shape[1])
-
-
-def _value(tensor: torch.Tensor) -> ort.OrtValue:
-    """A tensor's own memory as ONNX Runtime sees it."""
-    return ort.OrtValue.ortvalue_from_numpy(tensor.numpy())
-
-
-def open_session(model: bytes | str, threads: int) -> ort.InferenceSession:
-    """A session of a model, or of the file that holds one.
-
-    Raises:
-        InputError: ONNX Runtime has no kernel for an op in a type, say.
-    """
-    options = ort.SessionOptions()
-    options.intra_op_num_threads = threads
-    options.inter_op_num_threads = 1
-    options.log_severity_level = 3
-    try:
-        return ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
-    except Exception as error:
-        raise InputError(
-            f"ONNX Runtime cannot run the step program: {error}\n    try     backend='eager', or 'auto', which takes "
-            "what can run"
-        ) from error

@@ -47,6 +47,26 @@ def replace_file(path: str | os.PathLike[str], data: bytes) -> None:
         raise
 
 
+def read_tensors(path: str | os.PathLike[str], key: str, framework: str) -> tuple[dict[str, Any], Any]:
+    """The tensors of a safetensors file, and what its metadata has under a key, as JSON.
+
+    Raises:
+        ValueError: it is no such file.
+        OSError: it cannot be read.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    name = os.fspath(path)
+    with open(name, "rb"):
+        pass  # a file that is not there, or may not be read, is no bad file
+    try:
+        with safe_open(name, framework="pt" if framework == "torch" else "np") as file:
+            about = json.loads((file.metadata() or {})[key])
+            return {k: file.get_tensor(k) for k in file.keys()}, about  # noqa: SIM118
+    except (SafetensorError, KeyError, ValueError, TypeError, AttributeError) as error:
+        raise ValueError(str(error)) from error
+
+
 def read_state(path: str | os.PathLike[str], fingerprint: str, framework: str) -> tuple[dict[str, Any], dict[str, Any]]:
     """The tensors of a snapshot, and what is said about them.
 
@@ -54,16 +74,10 @@ def read_state(path: str | os.PathLike[str], fingerprint: str, framework: str) -
         StateError: it is no snapshot, or one of another model, or of a layout that is not understood.
         OSError: it cannot be read.
     """
-    from safetensors import SafetensorError, safe_open
-
     name = os.fspath(path)
-    with open(name, "rb"):
-        pass  # a file that is not there, or may not be read, is no bad snapshot
     try:
-        with safe_open(name, framework="pt" if framework == "torch" else "np") as file:
-            about = json.loads((file.metadata() or {})[KEY])
-            tensors = {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118
-    except (SafetensorError, KeyError, ValueError, TypeError, AttributeError) as error:
+        tensors, about = read_tensors(path, KEY, framework)
+    except ValueError as error:
         raise StateError(f"{name} is not a snapshot of a cofx stream: {error}") from error
     if not isinstance(about, dict) or about.get("format") != FORMAT:
         raise StateError(f"{name} is a snapshot of a format that this version does not read")

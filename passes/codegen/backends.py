@@ -13,12 +13,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import fx, nn
 
+from ...runtime.errors import InputError
 from .channels import pad_channels
 from .lower import shapes_of
-from .onnx import LARGEST, OPSET, blame, quiet
-from .onnx_decompositions import decompositions
+from .onnx import LARGEST, OPSET, onnx_model
 
 if TYPE_CHECKING:
+    import onnxruntime as ort
+
     from ...runtime.resident import SessionProgram
     from ..pipeline import Plan
 
@@ -54,9 +56,10 @@ def compile_session(
 
     Raises:
         OnnxError: an op has no ONNX form.
+        InputError: ONNX Runtime has no kernel for an op, or no arrays of a type.
         ImportError: onnxruntime, onnx or onnxscript is not installed.
     """
-    from ...runtime.resident import Made, Passed, SessionProgram, open_session
+    from ...runtime.resident import Made, Passed, SessionProgram
 
     copy, tensors = fx.Graph(), dict(tensors)
     copy.output(copy.graph_copy(graph, {}))
@@ -80,24 +83,29 @@ def compile_session(
     if not made:
         return SessionProgram(None, results, sources, rooms)
     copy.output(tuple(made))
-    with torch.no_grad(), quiet():
-        exported = torch.export.export(_module(copy, tensors), tuple(given), strict=False)
-        if table := decompositions(exported.graph):
-            exported = exported.run_decompositions(table)
-        try:
-            converted = torch.onnx.export(exported, dynamo=True, opset_version=OPSET, verbose=False)
-        except torch.onnx.errors.OnnxExporterError as error:
-            raise blame(plan, error) from error
-    assert converted is not None
-    model = converted.model_proto
-    with tempfile.TemporaryDirectory() as scratch:
-        if model.ByteSize() > LARGEST:
-            import onnx
+    model = onnx_model(plan, _module(copy, tensors), given, opset_version=OPSET)
+    return SessionProgram(_session(model), results, sources, rooms)
 
+
+def _session(model: Any) -> ort.InferenceSession:
+    """A session of an ONNX model; through a file if it is too large for one message."""
+    from ...runtime.onnx_buffers import open_session
+
+    threads = torch.get_num_threads()
+    try:
+        if model.ByteSize() <= LARGEST:
+            return open_session(model.SerializeToString(), threads)
+        import onnx
+
+        with tempfile.TemporaryDirectory() as scratch:
             file = os.path.join(scratch, "step.onnx")
             onnx.save(model, file, save_as_external_data=True)
-            return SessionProgram(open_session(file, torch.get_num_threads()), results, sources, rooms)
-    return SessionProgram(open_session(model.SerializeToString(), torch.get_num_threads()), results, sources, rooms)
+            return open_session(file, threads)
+    except Exception as error:  # no kernel for an op in a type, say
+        raise InputError(
+            f"ONNX Runtime cannot run the step program: {error}\n    try     backend='eager', or 'auto', which takes "
+            "what can run"
+        ) from error
 
 
 def _with_channels(frame: torch.Tensor, channels: int | None) -> torch.Tensor:

@@ -158,28 +158,53 @@ def _convert(
     arguments += [torch.ones(lanes, 1, dtype=CONTROLS[n], device=device) for n in names.controls]
     batched = [i.batch is not None for i in program.inputs] + [True] * (len(arguments) - len(program.inputs))
     dims = [{0: torch.export.Dim("batch", min=1)} if b and dynamic_batch else {} for b in batched]
-    step = _Step(program, controls).eval()
-    with torch.no_grad(), quiet():
-        try:
-            exported = torch.export.export(step, tuple(arguments), dynamic_shapes=(tuple(dims),), strict=False)
-            if table := decompositions(exported.graph, plain):
-                exported = exported.run_decompositions(table)
-            converted = torch.onnx.export(
-                exported,
-                dynamo=True,
-                opset_version=opset,
-                input_names=[f"{OUTER}{n}" for n in names.arguments],
-                output_names=[f"{OUTER}{n}" for n in names.results],
-                verbose=False,
-            )
-        except torch.onnx.errors.OnnxExporterError as error:
-            raise blame(plan, error) from error
-    assert converted is not None
-    model = converted.model_proto
+    model = onnx_model(
+        plan,
+        _Step(program, controls).eval(),
+        arguments,
+        dynamic_shapes=(tuple(dims),),
+        plain=plain,
+        opset_version=opset,
+        input_names=[f"{OUTER}{n}" for n in names.arguments],
+        output_names=[f"{OUTER}{n}" for n in names.results],
+    )
     _rename(model.graph, _final_names(model.graph))
     if dynamic_batch:
         _rename_batch(model)
     return model
+
+
+def onnx_model(
+    plan: Plan,
+    step: nn.Module,
+    arguments: Sequence[torch.Tensor],
+    dynamic_shapes: Any = None,
+    plain: bool = False,
+    **options: Any,
+) -> Any:
+    """A module as an ONNX model, with what ONNX has not written in what it has.
+
+    Args:
+        plan: whose program it is, for error messages.
+        step: takes and returns tensors.
+        arguments: examples of what it takes.
+        dynamic_shapes: of `torch.export.export`.
+        plain: of `decompositions`.
+        options: of `torch.onnx.export`.
+
+    Raises:
+        OnnxError: an op has no ONNX form.
+    """
+    with torch.no_grad(), _quiet():
+        try:
+            exported = torch.export.export(step, tuple(arguments), dynamic_shapes=dynamic_shapes, strict=False)
+            if table := decompositions(exported.graph, plain):
+                exported = exported.run_decompositions(table)
+            converted = torch.onnx.export(exported, dynamo=True, verbose=False, **options)
+        except torch.onnx.errors.OnnxExporterError as error:
+            raise _blame(plan, error) from error
+    assert converted is not None
+    return converted.model_proto
 
 
 def _values(graph: Any) -> set[str]:
@@ -227,7 +252,7 @@ def _example(shape: Sequence[int], batch: int | None, dtype: torch.dtype, lanes:
     return torch.zeros(sizes, dtype=dtype, device=device)
 
 
-def blame(plan: Plan, error: BaseException) -> OnnxError:
+def _blame(plan: Plan, error: BaseException) -> OnnxError:
     """An error that names the ops that have no ONNX form, from what the exporter says, and the user's lines."""
     chain, said = error, []
     while chain is not None:
@@ -370,7 +395,7 @@ def _save(onnx: Any, model: Any, path: str) -> None:
 
 
 @contextlib.contextmanager
-def quiet() -> Iterator[None]:
+def _quiet() -> Iterator[None]:
     """What the exporter tells of its work is not the caller's business."""
     loggers = [logging.getLogger(n) for n in ("torch.onnx", "onnxscript", "torch.export")]
     levels = [logger.level for logger in loggers]
