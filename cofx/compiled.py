@@ -249,42 +249,44 @@ class Compiled:
 
     def check_end(self, ticks: int) -> None:
         """Raise if the model, run offline on so many ticks, does otherwise than where it was traced."""
+        why = self._refused_end(ticks)
+        if why is not None:
+            raise InputError(
+                f"a stream of {ticks} frames cannot end here: {why}\n"
+                "    try     compile(..., equivalence='clip') recomputes whole clips of the traced length"
+            )
+
+    def _refused_end(self, ticks: int) -> str | None:
+        """Why a stream may not end after so many ticks; None if it may."""
         capture, schedule = self.plan.capture, self.plan.schedule
-        hint = "compile(..., equivalence='clip') recomputes whole clips of the traced length"
+        otherwise = f"at this length the model does otherwise than at the traced {capture.points[0].ticks}"
         if self.plan.runs is None:
             assert self.plan.ends is not None
-            if not may_end({"ends": self.plan.ends}, ticks):
-                raise InputError(
-                    f"a stream of {ticks} frames cannot end here: at this length the model does otherwise than at the "
-                    f"traced {capture.points[0].ticks}\n    try     {hint}"
-                )
-            return
+            return None if may_end({"ends": self.plan.ends}, ticks) else otherwise
         streams = [
             (i, leaf.node.meta["val"].shape[v.layout.time], v.layout.time, schedule.length(v, ticks))
             for i, leaf in enumerate(self.plan.outputs)
             if (v := leaf.value) is not None and not leaf.clip
         ]
         if not streams:
-            return
+            return None
         point = Point(capture.points[0].batch, ticks)
         if capture.symbolic_time and capture.assumed(ticks):
             pairs = [(capture.sample(size, point), streamed) for _, size, _, streamed in streams]
             if all(offline == streamed or max(offline, streamed) <= 0 for offline, streamed in pairs):
-                return
+                return None
         line = self.plan.runs.otherwise(ticks)
         if line is not None:
-            raise InputError(
-                f"a stream of {ticks} frames cannot end here: at this length the model does otherwise than at the "
-                f"traced {capture.points[0].ticks}\n    at      {line}\n    try     {hint}"
-            )
+            return f"{otherwise}\n    at      {line}"
         run = self.plan.runs.at(ticks)
         for i, _, axis, streamed in streams:
             offline = run.shapes[i][axis] if run is not None and not run.cut else streamed
             if offline != streamed and max(offline, streamed) > 0:
-                raise InputError(
-                    f"a stream of {ticks} frames cannot end here: the model's sizes follow the length in steps, and "
-                    f"offline it gives {offline} frames where the stream has {streamed}\n    try     {hint}"
+                return (
+                    "the model's sizes follow the length in steps, and offline it gives "
+                    f"{offline} frames where the stream has {streamed}"
                 )
+        return None
 
     def known_ends(self) -> dict[str, Any]:
         """At which lengths a stream may not end, for the metadata of a file: see `check_end`.
@@ -295,12 +297,7 @@ class Compiled:
         traced, opened = self.plan.capture.points[0].ticks, self.plan.capture.symbolic_time
         first = 1 if opened else traced  # with a fixed length each one takes a run on fake tensors
         last = min(512, max(64, 2 * traced, 4 * self.plan.schedule.period)) if opened else traced + 31
-        refused = set()
-        for length in range(first, last + 1):
-            try:
-                self.check_end(length)
-            except InputError:
-                refused.add(length)
+        refused = {n for n in range(first, last + 1) if self._refused_end(n) is not None}
         middle = (first + last) // 2
         for every in range(1, (last - middle) // 2 + 1):
             if all((n in refused) == (n + every in refused) for n in range(middle, last - every + 1)):

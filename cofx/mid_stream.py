@@ -46,33 +46,25 @@ class MidStream:
 
         The short way is there in mid-stream, for frames of shapes that were accepted before.
         """
-        count, batch = state.count, state.batch
-        accepted, spec = self._accepted, self.compiled.spec
-        if count < self.compiled.steady_from or accepted is None or accepted[0] != batch or _watched():
+        compiled, count, batch = self.compiled, state.count, state.batch
+        if count < compiled.steady_from or not self._accepts(frames, batch) or _watched() or not compiled.folded():
             return None
-        if len(frames) != len(accepted[1]):
-            return None
-        for x, shape, dtype in zip(frames, accepted[1], spec.dtypes, strict=True):
-            if not isinstance(x, torch.Tensor) or x.shape != shape or x.dtype is not dtype or x.device != spec.device:
-                return None
-        if not self.compiled.folded():
-            return None
-        self.compiled.notice()
+        compiled.notice()
         traced = torch.compiler.is_dynamo_compiling()  # its own kernels fit with histories that are whole
         backend = "eager"
         if self.backend != "eager" and not traced and not any(x.requires_grad for x in frames):
-            backend = self._chosen.get(accepted[1]) or self.prepare(frames, batch)
+            backend = self.prepare(frames, batch)
         phase = count % self._period
         if backend == "onnxruntime":
-            home = self._homes[accepted[1]]
+            home = self._homes[tuple(x.shape for x in frames)]
             here = state.resident
             if here is None or here.home is not home:
                 here = home.load(self._parts(state))
             outputs, placed = home.step(phase, frames, here)
-            specs = self.compiled.specs if self.compiled.large_frames else self._whole
+            specs = compiled.specs if compiled.large_frames else self._whole
             return self._packed(outputs), StreamState(count + 1, None, batch, None, specs, placed)
-        by_frame = self.compiled.large_frames and not traced
-        place = phase, by_frame or not self.compiled.large_frames, backend
+        by_frame = compiled.large_frames and not traced
+        place = phase, by_frame or not compiled.large_frames, backend
         if place not in self._runs:
             if traced:
                 return None
@@ -85,8 +77,18 @@ class MidStream:
         outputs, after = run(*frames, *kept)
         out = self._packed(outputs)
         if by_frame:
-            return out, StreamState(count + 1, None, batch, after, self.compiled.specs)
+            return out, StreamState(count + 1, None, batch, after, compiled.specs)
         return out, StreamState(count + 1, after, batch)
+
+    def _accepts(self, frames: Sequence[torch.Tensor], batch: int | None) -> bool:
+        """Whether frames like these have been checked."""
+        accepted, spec = self._accepted, self.compiled.spec
+        if accepted is None or accepted[0] != batch or len(frames) != len(accepted[1]):
+            return False
+        for x, shape, dtype in zip(frames, accepted[1], spec.dtypes, strict=True):
+            if not isinstance(x, torch.Tensor) or x.shape != shape or x.dtype is not dtype or x.device != spec.device:
+                return False
+        return True
 
     def _parts(self, state: StreamState) -> tuple[torch.Tensor, ...]:
         """What is kept, as the programs of mid-stream take it."""
@@ -123,6 +125,12 @@ class MidStream:
 
     # -- backends ----------------------------------------------------------------------------------------------------
 
+    def make(self, example: Sequence[torch.Tensor]) -> None:
+        """Make the programs of a backend that takes long to make them, for frames like those of an example clip."""
+        if self.backend != "eager":
+            frames = self.compiled.spec.frame(example)
+            self.prepare(frames, self.compiled.spec.batch_of(frames, frames=True))
+
     def prepare(self, frames: Sequence[torch.Tensor], batch: int | None) -> str:
         """Make the programs of mid-stream for frames of these shapes, and tell which backend they are of.
 
@@ -131,27 +139,30 @@ class MidStream:
         """
         shapes = tuple(x.shape for x in frames)
         if shapes not in self._chosen:
-            names = installed() if self.backend == "auto" else [self.backend]
-            why = self._eager_only()
-            if why is not None:
-                warnings.warn(f"steps run eagerly, not by {self.backend}: {why}", stacklevel=5)
-                names = ["eager"]
-            key = question([str(n.target) for n in self.compiled.plan.graph.nodes] + [str(s) for s in shapes])
             with torch.no_grad():
-                if len(names) == 1:
-                    self._chosen[shapes] = names[0]
-                    self._way(names[0], frames, batch)
-                elif not measures():
-                    self._chosen[shapes] = next(n for n in names if self._tried(n, frames, batch) is not None)
-                elif (known := remembered(key)) is not None and self._tried(known, frames, batch) is not None:
-                    self._chosen[shapes] = known
-                else:
-                    ways = {n: way for n in names if (way := self._tried(n, frames, batch)) is not None}
-                    self._chosen[shapes] = fastest(ways)
-                    remember(key, self._chosen[shapes])
+                self._chosen[shapes] = self._choose(frames, batch)
             if self._chosen[shapes] != "onnxruntime":
                 self._homes.pop(shapes, None)
         return self._chosen[shapes]
+
+    def _choose(self, frames: Sequence[torch.Tensor], batch: int | None) -> str:
+        """The backend that was asked for; of several the fastest, as far as one may measure."""
+        names = installed() if self.backend == "auto" else [self.backend]
+        why = self._eager_only()
+        if why is not None:
+            warnings.warn(f"steps run eagerly, not by {self.backend}: {why}", stacklevel=8)
+            names = ["eager"]
+        if len(names) == 1:
+            self._way(names[0], frames, batch)
+            return names[0]
+        if not measures():
+            return next(n for n in names if self._tried(n, frames, batch) is not None)
+        key = question([str(n.target) for n in self.compiled.plan.graph.nodes] + [str(x.shape) for x in frames])
+        known = remembered(key)
+        if known is None or self._tried(known, frames, batch) is None:
+            known = fastest({n: way for n in names if (way := self._tried(n, frames, batch)) is not None})
+            remember(key, known)
+        return known
 
     def _eager_only(self) -> str | None:
         """Why no other backend can run the steps of this model."""

@@ -222,9 +222,7 @@ class StepModule(nn.Module):
         self._example = tuple(x.detach() for x in example)
         self._ticks = ticks
         compiled = Compiled(self.reference_module, plan, batch, self._backend)
-        if self._backend != "eager":
-            frames = compiled.spec.frame(example)
-            compiled.mid_stream.prepare(frames, compiled.spec.batch_of(frames, frames=True))
+        compiled.mid_stream.make(example)
         self._compiled = compiled
         self._lane_programs = None
         self._place(StreamState())
@@ -236,9 +234,7 @@ class StepModule(nn.Module):
         self._compiled = compiled = Compiled(self.model, plan, batch, self._backend)
         sizes = zip(compiled.spec.sizes(ticks), compiled.spec.dtypes, strict=True)
         self._example = tuple(torch.zeros(s, dtype=d, device=compiled.spec.device) for s, d in sizes)
-        if self._backend != "eager":
-            frames = compiled.spec.frame(self._example)
-            compiled.mid_stream.prepare(frames, compiled.spec.batch_of(frames, frames=True))
+        compiled.mid_stream.make(self._example)
 
     @untraced
     def _plan(self, example: Sequence[torch.Tensor], clock: Clock, ticks: int, batch: int) -> Plan:

@@ -11,7 +11,7 @@ import cofx
 from cofx import backends
 from cofx.runtime.errors import InputError
 from contract import compile_case, run_check
-from models import SAMPLES
+from models import spread
 
 ort = pytest.importorskip("onnxruntime")
 NO_KERNEL = ("float64_pools",)  # ONNX Runtime has no average pool in float64
@@ -23,11 +23,7 @@ def chosen(step):
 
 
 @pytest.mark.filterwarnings("ignore:steps run eagerly")
-@pytest.mark.parametrize(
-    "sample",
-    [pytest.param(s, marks=[pytest.mark.slow] if i % 9 else []) for i, s in enumerate(SAMPLES)],
-    ids=lambda s: s.name,
-)
+@pytest.mark.parametrize("sample", spread(9))
 def test_collection_in_onnx_runtime(sample):
     if sample.name in NO_KERNEL:
         with pytest.raises(InputError, match="ONNX Runtime cannot run"):

@@ -7,7 +7,7 @@ from torch import nn
 import cofx
 from cofx.passes.codegen import graph_module
 from contract import compile_case, run_check
-from models import SAMPLES
+from models import spread
 
 
 @pytest.fixture
@@ -15,11 +15,7 @@ def all_large(monkeypatch):
     monkeypatch.setattr(graph_module, "_large", lambda value: True)
 
 
-@pytest.mark.parametrize(
-    "sample",
-    [pytest.param(s, marks=[pytest.mark.slow] if i % 3 else []) for i, s in enumerate(SAMPLES)],
-    ids=lambda s: s.name,
-)
+@pytest.mark.parametrize("sample", spread(3))
 def test_collection(sample, all_large):
     case = compile_case(sample)
     for check in ("steps", "purity", "snapshot", "aliasing"):

@@ -7,13 +7,10 @@ import torch
 
 import cofx
 from lane_streams import Batch, step_call
-from models import SAMPLES, Sample
+from models import Sample, batched
 from shaken import FailsAt
 
-BATCHED = [
-    pytest.param(s, id=s.name, marks=() if i % 6 == 0 else pytest.mark.slow)
-    for i, s in enumerate(s for s in SAMPLES if s.options.get("batch_dim", 0) is not None)
-]
+BATCHED = batched(6)
 
 
 @pytest.fixture(autouse=True)

@@ -12,13 +12,10 @@ from torch.utils import _pytree as pytree
 import cofx
 from cofx.runtime.onnx_step import OnnxStep
 from lane_streams import Batch, Leaves
-from models import SAMPLES
+from models import batched
 from streaming import TOLERANCES
 
-BATCHED = [
-    pytest.param(s, id=s.name, marks=() if i % 16 == 0 else pytest.mark.slow)
-    for i, s in enumerate(s for s in SAMPLES if s.options.get("batch_dim", 0) is not None)
-]
+BATCHED = batched(16)
 
 
 @pytest.fixture(autouse=True)

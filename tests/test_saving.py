@@ -12,16 +12,12 @@ from torch import nn
 import cofx
 from cofx.passes.saved_plan import SavedPlanError
 from contract import compile_case, run_check
-from models import SAMPLES
+from models import spread
 
 CHECKS = ("steps", "chunks", "flush", "clean", "snapshot", "aliasing", "attributes", "latency")
 
 
-@pytest.mark.parametrize(
-    "sample",
-    [pytest.param(s, marks=[pytest.mark.slow] if i % 3 else []) for i, s in enumerate(SAMPLES)],
-    ids=lambda s: s.name,
-)
+@pytest.mark.parametrize("sample", spread(3))
 def test_collection(sample, tmp_path):
     case = compile_case(sample)
     case.step.save(tmp_path / "step")

@@ -48,7 +48,7 @@ class _Padding:
             return
         self.states = set(states)
         self.family = {n for n in graph.nodes if self._belongs(n)}
-        self.made: dict[tuple[fx.Node, bool], fx.Node] = {}
+        self.made: dict[fx.Node, fx.Node] = {}  # with more channels, or without
         for node in list(graph.nodes):
             if node.op == "output":
                 self._output(node, states)
@@ -98,9 +98,9 @@ class _Padding:
 
     def _as(self, node: fx.Node, reader: fx.Node, padded: bool) -> fx.Node:
         """A node with or without the further channels."""
-        if (node in self.family) == padded or (not padded and node not in self.family):
+        if (node in self.family) == padded:
             return node
-        if (node, padded) not in self.made:
+        if node not in self.made:
             channels = self.sizes[node][1]
             with self.graph.inserting_before(reader):
                 if padded:
@@ -108,8 +108,8 @@ class _Padding:
                     made = self.graph.call_function(aten.constant_pad_nd.default, (node, more))
                 else:
                     made = self.graph.call_function(aten.slice.Tensor, (node, 1, 0, channels))
-            self.made[node, padded] = made
-        return self.made[node, padded]
+            self.made[node] = made
+        return self.made[node]
 
     def _convolution(self, node: fx.Node) -> None:
         given = self._given(node)

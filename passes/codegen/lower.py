@@ -77,11 +77,11 @@ class Lowering:
             one, other = self.take_apart(apart, one, other)
             self.size_of = shapes_of(self.graph, self.tensors, one, device)
         if self.fast and self.size_of:
-            other_sizes = shapes_of(self.graph, self.tensors, other, device)
+            other_sizes = shapes_of(self.graph, self.tensors, other, device) if other != one else dict(self.size_of)
             Uniform(self.graph, self.size_of, other_sizes, self.number)
-            self.graph = Units(self.graph, self.size_of, other_sizes).graph
+            units = Units(self.graph, self.size_of, other_sizes)
+            self.graph, self.size_of = units.graph, units.sizes
             self.graph.eliminate_dead_code()
-            self.size_of = shapes_of(self.graph, self.tensors, one, device)
         for node in list(self.graph.nodes):
             if node.target in CONVOLUTIONS:
                 self.convolution(node)

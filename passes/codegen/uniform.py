@@ -7,16 +7,13 @@ number, and a state that has only ever got it keeps it.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import fx
 from torch.fx.node import map_arg
 
 from ..canonicalize import bind
-
-if TYPE_CHECKING:
-    from .frames import Sizes
 
 aten = torch.ops.aten
 
@@ -25,17 +22,19 @@ _SAME = (  # of the numbers of their arguments, some or all
     aten.squeeze.dim, aten.select.int, aten.slice.Tensor, aten.expand.default, aten.clone.default, aten.unfold.default,
     aten.cat.default, aten.stack.default, aten.amax.default, aten.amin.default, aten.mean.dim,
 )  # fmt: skip
-_EITHER = {frozenset((aten.eq.Tensor, aten.ne.Tensor))}  # one of them holds for all numbers, NaN too
+_EITHER = {aten.eq.Tensor, aten.ne.Tensor}  # one of them holds for all numbers, NaN too
+
+Shapes = dict[fx.Node, tuple[int, ...]]
 
 
 class Uniform:
     """The values of a graph that hold one number, which takes their place."""
 
-    def __init__(self, graph: fx.Graph, sizes: Sizes, other: Sizes, hold: Callable[[torch.Tensor], str]) -> None:
+    def __init__(self, graph: fx.Graph, sizes: Shapes, other: Shapes, hold: Callable[[torch.Tensor], str]) -> None:
         """
         Args:
             graph: of a program in mid-stream; it is changed.
-            sizes, other: the shapes of its nodes, for two batch sizes.
+            sizes, other: the shapes of its nodes, for two batch sizes; those of new ones are added.
             hold: the name of an attribute for a tensor.
         """
         self.sizes, self.other = sizes, other
@@ -67,21 +66,22 @@ class Uniform:
 
     def _of(self, node: fx.Node) -> torch.Tensor | None:
         given = [n for n in node.all_input_nodes if n in self.sizes]
-        if node.target is aten.logical_or.default:
-            pair = [n for n in given if n.target in (aten.eq.Tensor, aten.ne.Tensor) and n.args[0] is n.args[1]]
-            if len(pair) == 2 and frozenset(n.target for n in pair) in _EITHER and pair[0].args == pair[1].args:
+        if node.target is aten.logical_or.default and {n.target for n in given} == _EITHER:
+            compared = {n for pair in given for n in pair.args}
+            if len(compared) == 1:
                 return torch.tensor(True)
         if not given or any(n not in self.number for n in given):
             return None
         first = self.number[given[0]]
         if node.target in _SAME:
             same = all(torch.equal(self.number[n], first) for n in given)
-            floating = node.target is not aten.mean.dim or first.is_floating_point()
-            return first if same and floating else None
+            return first if same and node.kwargs.get("dtype") is None else None
         if node.target is aten.sum.dim_IntList:
             return self._sum(node, first)
-        if isinstance(node.target, torch._ops.OpOverload) and (
-            torch.Tag.pointwise in node.target.tags or node.target is aten._to_copy.default
+        if (
+            isinstance(node.target, torch._ops.OpOverload)
+            and len(given) == len(node.all_input_nodes)
+            and (torch.Tag.pointwise in node.target.tags or node.target is aten._to_copy.default)
         ):
             args, kwargs = map_arg((node.args, node.kwargs), self.number.__getitem__)
             return torch.as_tensor(node.target(*args, **kwargs))
@@ -107,11 +107,11 @@ class Uniform:
         if not isinstance(joined, fx.Node) or joined.target is not aten.cat.default:
             return None
         parts: Any = joined.args[0]
-        numbers = [self.number.get(p) for p in parts if p is not state]
-        if len(numbers) != len(parts) - 1 or not numbers or any(n is None for n in numbers):
+        others = [p for p in parts if p is not state]
+        if len(others) != len(parts) - 1 or not others or any(p not in self.number for p in others):
             return None
-        first = numbers[0]
-        return first if all(torch.equal(n, first) for n in numbers if n is not None and first is not None) else None
+        first = self.number[others[0]]
+        return first if all(torch.equal(self.number[p], first) for p in others) else None
 
     def _put(self, graph: fx.Graph, hold: Callable[[torch.Tensor], str]) -> None:
         """Numbers in the place of uniform operands of what is computed entry by entry."""
@@ -124,4 +124,6 @@ class Uniform:
                 if n in self.number:
                     number = self.number[n].reshape([1] * len(self.sizes[n]))  # promotes types as it did
                     with graph.inserting_before(node):
-                        node.replace_input_with(n, graph.create_node("get_attr", hold(number)))
+                        held = graph.create_node("get_attr", hold(number))
+                    self.sizes[held] = self.other[held] = tuple(number.shape)
+                    node.replace_input_with(n, held)

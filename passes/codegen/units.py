@@ -34,11 +34,15 @@ _VIEWS = (
 _REDUCTIONS = (aten.mean.dim, aten.sum.dim_IntList, aten.amax.default, aten.amin.default)
 
 
+Form = tuple[tuple[int, ...], tuple[int, ...]]  # a shape, for two batch sizes
+
+
 class Units:
     """A graph without the moves of dimensions of size 1 that nothing needs.
 
     Attributes:
         graph: the copy.
+        sizes: the shapes of its nodes.
     """
 
     def __init__(self, graph: fx.Graph, sizes: Sizes, other: Sizes) -> None:
@@ -48,131 +52,117 @@ class Units:
             sizes: the shapes of its nodes.
             other: the same for another batch size, or for the same where there is only one.
         """
-        self.sizes, self.other = sizes, other
+        self.own: dict[fx.Node, Form] = {n: (size, other[n]) for n, size in sizes.items() if n in other}
         self.graph = fx.Graph()
-        self.env: dict[fx.Node, fx.Node] = {}  # in the form that `source` has
-        self.source: dict[fx.Node, fx.Node] = {}  # for each node the one of whose form it is
+        self.sizes: dict[fx.Node, tuple[int, ...]] = {}
+        self.env: dict[fx.Node, fx.Node] = {}
+        self.form: dict[fx.Node, Form] = {}  # that in which `env` has a node
         self.shaped: dict[fx.Node, fx.Node] = {}  # in its own form
         for node in graph.nodes:
             self._visit(node)
 
     def _visit(self, node: fx.Node) -> None:
-        made = None
-        if node in self.sizes and node in self.other and node.op == "call_function":
+        found = None
+        if node in self.own and node.op == "call_function":
             if node.target in _VIEWS:
-                made = self._view(node)
+                found = self._view(node)
             elif node.target in _REDUCTIONS:
-                made = self._reduction(node)
+                found = self._reduction(node)
             elif isinstance(node.target, torch._ops.OpOverload) and torch.Tag.pointwise in node.target.tags:
-                made = self._pointwise(node)
-        if made is None:
-            self.env[node] = self.graph.node_copy(node, self.form)
-            self.source[node] = node
+                found = self._pointwise(node)
+        if found is not None:
+            self.env[node], self.form[node] = found
+        else:
+            self.env[node] = self.graph.node_copy(node, self._own)
+            if node in self.own:
+                self.form[node] = self.own[node]
+        if node in self.own:
+            self.sizes.setdefault(self.env[node], self.form[node][0])
 
-    def form(self, node: fx.Node) -> fx.Node:
+    def _own(self, node: fx.Node) -> fx.Node:
         """A node in its own form."""
-        source = self.source.get(node, node)
-        if source is node or self.sizes[source] == self.sizes[node]:
+        if not self._moved(node):
             return self.env[node]
         if node not in self.shaped:
-            self.shaped[node] = self._reshaped(self.env[node], self.sizes[node], self.other[node])
+            self.shaped[node] = self._reshaped(self.env[node], self.own[node])
         return self.shaped[node]
 
-    def _reshaped(self, node: fx.Node, size: Sequence[int], other: Sequence[int]) -> fx.Node:
-        sizes = [n if n == m else -1 for n, m in zip(size, other, strict=True)]
-        return self.graph.call_function(aten.reshape.default, (node, sizes))
+    def _reshaped(self, node: fx.Node, form: Form) -> fx.Node:
+        sizes = [n if n == m else -1 for n, m in zip(*form, strict=True)]
+        made = self.graph.call_function(aten.reshape.default, (node, sizes))
+        self.sizes[made] = form[0]
+        return made
 
     def _open(self, node: fx.Node) -> bool:
         """Whether more than one dimension follows the batch size, so that a reshape cannot name them."""
-        return sum(n != m for n, m in zip(self.sizes[node], self.other[node], strict=True)) > 1
+        return sum(n != m for n, m in zip(*self.own[node], strict=True)) > 1
 
-    def _root(self, node: fx.Node) -> fx.Node:
-        return self.source.get(node, node)
+    def _moved(self, node: fx.Node) -> bool:
+        return self.form.get(node) != self.own.get(node)
 
     # -- what moves dimensions ---------------------------------------------------------------------------------------
 
-    def _view(self, node: fx.Node) -> fx.Node | None:
+    def _view(self, node: fx.Node) -> tuple[fx.Node, Form] | None:
         given: Any = node.args[0]
-        if not isinstance(given, fx.Node) or given not in self.sizes or self._open(node) or self._open(given):
+        if not isinstance(given, fx.Node) or given not in self.own or self._open(node) or self._open(given):
             return None
-        if _kept(self.sizes[given]) != _kept(self.sizes[node]) or _kept(self.other[given]) != _kept(self.other[node]):
+        if any(_kept(a) != _kept(b) for a, b in zip(self.own[given], self.own[node], strict=True)):
             return None
-        if not _in_order(node, self.sizes[given]):
-            return None
-        self.env[node], self.source[node] = self.env[given], self._root(given)
-        return self.env[node]
+        return (self.env[given], self.form[given]) if _in_order(node, self.own[given][0]) else None
 
     # -- what is computed elsewhere ----------------------------------------------------------------------------------
 
-    def _pointwise(self, node: fx.Node) -> fx.Node | None:
+    def _pointwise(self, node: fx.Node) -> tuple[fx.Node, Form] | None:
         """Entry by entry, in the form of the operand that is as large as the result."""
         operands = node.all_input_nodes
-        if any(n not in self.sizes or n not in self.other for n in operands):
+        if any(n not in self.own or self._open(n) for n in (node, *operands)):
             return None
-        largest = next((n for n in operands if self.sizes[n] == self.sizes[node] and self._moved(n)), None)
-        if largest is None or any(self._open(n) for n in (node, *operands)):
+        largest = next((n for n in operands if self.own[n] == self.own[node] and self._moved(n)), None)
+        if largest is None:
             return None
-        root = self._root(largest)
-        places = _places(self.sizes[node], self.sizes[root])
-        if self.other[node] != self.other[largest]:
-            return None
+        form = self.form[largest]
+        places = _places(self.own[node][0], form[0])
         given: dict[fx.Node, fx.Node] = {}
         for n in operands:
-            found = self._as(n, node, root, places)
+            found = self._as(n, node, form, places)
             if found is None:
                 return None
             given[n] = found
-        self.env[node] = self.graph.node_copy(node, given.__getitem__)
-        self.source[node] = root
-        return self.env[node]
+        return self.graph.node_copy(node, given.__getitem__), form
 
-    def _moved(self, node: fx.Node) -> bool:
-        return self.sizes[self._root(node)] != self.sizes[node]
-
-    def _as(self, operand: fx.Node, node: fx.Node, root: fx.Node, places: dict[int, int]) -> fx.Node | None:
-        """An operand as it broadcasts to a result that has the form of `root`."""
-        size, other = self.sizes[operand], self.other[operand]
-        if not size or (size == self.sizes[node] and self._root(operand) is root):
+    def _as(self, operand: fx.Node, node: fx.Node, form: Form, places: dict[int, int]) -> fx.Node | None:
+        """An operand as it broadcasts to a result of that form."""
+        size, other = self.own[operand]
+        if not size:
             return self.env[operand]
-        rank, ahead = len(self.sizes[root]), len(self.sizes[node]) - len(size)
+        rank, ahead = len(form[0]), len(self.own[node][0]) - len(size)
         wanted, wanted_other = [1] * rank, [1] * rank
-        for i, (n, m) in enumerate(zip(size, other, strict=True)):
+        for i, (n, m) in enumerate(zip(size, other, strict=True), ahead):
             if n != 1 or m != 1:
-                if i + ahead not in places:
+                if i not in places:
                     return None
-                wanted[places[i + ahead]], wanted_other[places[i + ahead]] = n, m
-        mine = self._root(operand)
-        if tuple(wanted) == self.sizes[mine] and tuple(wanted_other) == self.other[mine]:
-            return self.env[operand]
-        return self._reshaped(self.env[operand], wanted, wanted_other)
+                wanted[places[i]], wanted_other[places[i]] = n, m
+        needed = tuple(wanted), tuple(wanted_other)
+        return self.env[operand] if needed == self.form[operand] else self._reshaped(self.env[operand], needed)
 
-    def _reduction(self, node: fx.Node) -> fx.Node | None:
+    def _reduction(self, node: fx.Node) -> tuple[fx.Node, Form] | None:
         """Of dimensions that are there in the other form too."""
         target: Any = node.target
         bound = bind(target, node.args, node.kwargs)
         given, dims = bound["self"], bound["dim"]
-        if given not in self.sizes or not self._moved(given) or not dims or self._open(given) or self._open(node):
+        if given not in self.own or not self._moved(given) or not dims or self._open(given) or self._open(node):
             return None
-        size, root = self.sizes[given], self._root(given)
-        dims = [d % len(size) for d in ([dims] if isinstance(dims, int) else dims)]
-        places = _places(size, self.sizes[root])
-        kept = [places[d] for d in dims if size[d] != 1]
         if bound.get("dtype") is not None:
             return None
-        if not kept:
-            self.env[node], self.source[node] = self.env[given], root
-            return self.env[node]
-        args, kwargs = unbind(target, {**bound, "self": self.env[given], "dim": kept, "keepdim": True})
-        made = self.graph.call_function(target, args, kwargs)
-        self._stand_in(node, made, root, kept)
-        return made
-
-    def _stand_in(self, node: fx.Node, made: fx.Node, root: fx.Node, reduced: list[int]) -> None:
-        """A value in a form that no node of the old graph has: it is given a node of its own to be the form of."""
-        form = fx.Graph().placeholder("form")
-        self.sizes = {**self.sizes, form: tuple(1 if i in reduced else n for i, n in enumerate(self.sizes[root]))}
-        self.other = {**self.other, form: tuple(1 if i in reduced else n for i, n in enumerate(self.other[root]))}
-        self.env[node], self.source[node] = made, form
+        (size, _), (here, there) = self.own[given], self.form[given]
+        places = _places(size, here)
+        dims = [d % len(size) for d in ([dims] if isinstance(dims, int) else dims)]
+        reduced = [places[d] for d in dims if size[d] != 1]
+        if not reduced:
+            return self.env[given], self.form[given]
+        args, kwargs = unbind(target, {**bound, "self": self.env[given], "dim": reduced, "keepdim": True})
+        form = tuple(tuple(1 if i in reduced else n for i, n in enumerate(sizes)) for sizes in (here, there))
+        return self.graph.call_function(target, args, kwargs), (form[0], form[1])
 
 
 def _kept(size: Sequence[int]) -> list[int]:
