@@ -13,9 +13,11 @@ from ..errors import NonLocal
 from ..layout import TIME, Layout, dim
 from ..registry import Call, Fact, Sample, overloads, rule
 from ..schedule import Int, Taps, minimum
-from ..stream_graph import read
+from ..stream_graph import Value, read
 
 aten = torch.ops.aten
+
+FULL = (torch.float32, torch.float64)  # in the half types a mean of means would be rounded once more
 
 
 def pooled_length(k: int, s: int, p: int, d: int, ceil: bool) -> Any:
@@ -60,11 +62,12 @@ def max_pool(call: Call) -> Fact:
     k, s, p, d = kernel[axis], stride[axis], padding[axis], dilation[axis]
     ceil = bool(call.arg("ceil_mode", False))
     lowest = -math.inf if x.dtype.is_floating_point else torch.iinfo(x.dtype).min
-    spatial = [0 if i == axis else v for i, v in enumerate(padding)]
     layout = _spatial_layout(call, x.layout, n)
+    spans = {"kernel_size": kernel, "stride": stride, "padding": padding, "dilation": dilation}
+    x, spans = _in_space(call, x, axis, layout, spans, indices)
 
     def lower(b: Any, op: Any, windows: Any, span: range, _: Any) -> Any:
-        y = b.call(op, windows, padding=spatial, stride=stride)
+        y = b.call(op, windows, **spans)
         return (b.getitem(y, 0), None) if indices else y
 
     values = call.emit_several(
@@ -99,13 +102,17 @@ def avg_pool(call: Call) -> Fact:
     ceil, count_pad = bool(call.arg("ceil_mode", False)), bool(call.arg("count_include_pad", True))
     divisor = call.arg("divisor_override")
     k, s, p = kernel[axis], stride[axis], padding[axis]
-    spatial = [0 if i == axis else v for i, v in enumerate(padding)]
     layout = _spatial_layout(call, x.layout, n)
+    spans = {"kernel_size": kernel, "stride": stride, "padding": padding}
+    if divisor is None and x.dtype in FULL:
+        x, spans = _in_space(call, x, axis, layout, spans)
+    else:
+        spans["padding"] = _but(padding, axis, 0)
     counted = divisor is None and ((not count_pad and (p > 0 or ceil)) or (ceil and count_pad))
     window = read(x, Taps(s, 1, -p, k - 1 - p), fill=0.0 if p or ceil else None)
 
     def lower(b: Any, op: Any, windows: Any, span: range, _: Any) -> fx.Node:
-        y: fx.Node = b.call(op, windows, padding=spatial, stride=stride)
+        y: fx.Node = b.call(op, windows, **spans)
         if counted and b.masked:
             start = b.aten("sub.Tensor", b.aten("mul.Tensor", b.indices(op, span), s), p)
             stop = b.aten("minimum.default", b.aten("add.Tensor", start, k), b.length(x, more=p if count_pad else 0))
@@ -122,6 +129,37 @@ def avg_pool(call: Call) -> Fact:
         length_of=[x],
         lower=lower,
     )
+
+
+def _in_space(
+    call: Call, x: Value, axis: int, layout: Layout, spans: dict[str, list[int]], indices: bool = False
+) -> tuple[Value, dict[str, list[int]]]:
+    """What is left to pool, and how: a window in space and time is one in time of windows in space.
+
+    So frames which windows share are pooled once, and kept pooled.
+
+    Args:
+        axis: the pool's dimension that is time.
+        layout: of what is pooled in space.
+        spans: kernel size, stride, padding and dilation, one for each dimension.
+        indices: the op gives indices too.
+    """
+    inside = {k: _but(v, axis, 0 if k == "padding" else 1) for k, v in spans.items()}
+    if spans["kernel_size"][axis] == 1 or not any(n > 1 for k in ("kernel_size", "stride") for n in inside[k]):
+        return x, spans | {"padding": inside["padding"]}
+
+    def lower(b: Any, op: Any, windows: Any, span: range, _: Any) -> Any:
+        y = b.call(op, windows, **inside)
+        return b.getitem(y, 0) if indices else y
+
+    pooled = call.emit(layout, [read(x)], lower=lower, length_of=[x], dtypes=[x.dtype])
+    rest = {k: [n if i == axis else int(k != "padding") for i, n in enumerate(v)] for k, v in spans.items()}
+    return pooled, rest | {"padding": [0] * len(rest["padding"])}
+
+
+def _but(given: list[int], axis: int, value: int) -> list[int]:
+    """A list with another value at one place."""
+    return [value if i == axis else v for i, v in enumerate(given)]
 
 
 def _spatial(call: Call) -> int:
@@ -172,6 +210,14 @@ SAMPLES = [
     Sample("max_pool_ceil", lambda: nn.MaxPool1d(3, 2, 1, ceil_mode=True), (1, 2, 12)),
     Sample("avg_pool_ceil", lambda: nn.AvgPool1d(3, 2, 1, ceil_mode=True), (1, 2, 12)),
     Sample("avg_pool_nocount", lambda: nn.AvgPool1d(3, 1, 1, count_include_pad=False), (1, 2, 12)),
+    Sample("max_pool_time_and_space", lambda: nn.MaxPool2d(3, 2, 1), (1, 2, 12, 8)),
+    Sample("max_pool_dilated_time_and_space", lambda: nn.MaxPool2d(2, 1, dilation=(3, 2)), (1, 2, 12, 8)),
+    Sample(
+        "avg_pool_time_and_space",
+        lambda: nn.AvgPool2d((3, 4), (2, 3), (1, 2), ceil_mode=True, count_include_pad=False),
+        (1, 2, 12, 9),
+    ),
+    Sample("avg_pool_divided", lambda: nn.AvgPool2d((3, 2), 1, 1, divisor_override=5), (1, 2, 12, 8)),
     Sample("max_pool_space", lambda: nn.MaxPool2d((1, 2)), (1, 9, 3, 4), time_dim=1),
     Sample("adaptive_space", lambda: nn.AdaptiveAvgPool3d((None, 1, 1)), (1, 2, 8, 4, 4)),
 ]
