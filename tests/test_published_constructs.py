@@ -297,6 +297,25 @@ class Emphasis(nn.Module):
         return torch.cat([x[:, :1], x[:, 1:] - 0.97 * x[:, :-1]], 1)
 
 
+class StateSpace(nn.Module):
+    """A state space as a convolution with a kernel as long as the clip, applied as a product of spectra (S4D)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.step, self.out = nn.Parameter(torch.rand(3) * 0.1), nn.Parameter(torch.randn(3, 2, 2))
+        self.rate, self.wave = nn.Parameter(torch.rand(3, 2)), nn.Parameter(torch.rand(3, 2) * 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(batch, 3, time)"""
+        length = x.shape[-1]
+        poles = (-self.rate.exp() + 1j * self.wave) * self.step[:, None]
+        powers = torch.exp(poles[..., None] * torch.arange(length))
+        kernel = 2 * torch.einsum("hn, hnl -> hl", torch.view_as_complex(self.out), powers).real
+        spectrum = torch.fft.rfft(x, n=2 * length) * torch.fft.rfft(kernel, n=2 * length)
+        y: Tensor = torch.fft.irfft(spectrum, n=2 * length)[..., :length]
+        return y + x
+
+
 class SubBands(nn.Module):
     """Each band with its neighbours, taken by patches that are as long as the clip, in an LSTM (FullSubNet)."""
 
@@ -334,6 +353,12 @@ CASES = {
     "filters_by_fourier_transform": (FilterBank, (2, 3, 12), 2, {"checks": [*set(CHECKS) - {"receptive_field"}]}),
     "waves_at_twelve_frames": (Waves, (2, 12, 4), 1, {}),
     "emphasis": (Emphasis, (2, 9), 1, {}),
+    "state_space_by_fourier_transform": (
+        StateSpace,
+        (2, 3, 9),
+        2,
+        {"unbounded": True, "checks": [*set(CHECKS) - {"receptive_field"}]},
+    ),
     "sub_bands": (SubBands, (2, 1, 5, 9), 3, {"unbounded": True, "output_time_dim": 2}),
     "every_other_frame": (EveryOther, (2, 3, 10), 2, {"multiple": 2, "length": 24}),
 }
