@@ -213,8 +213,9 @@ def _export(
             for n in program.graph.nodes
             if n.op == "call_function" and isinstance(n.meta.get("val"), torch.Tensor) and find_rule(n.target) is None
         }
-        known_to_torch = torch.export.default_decompositions()
-        decompose = {op: known_to_torch[op] for op in unknown if op in known_to_torch and _composite(op)}
+        composite = {op for op in unknown if _composite(op)}
+        known_to_torch = torch.export.default_decompositions() if composite else {}  # (a table of all ops)
+        decompose = {op: known_to_torch[op] for op in composite if op in known_to_torch}
         vmapped = any("functorch" in str(getattr(n.target, "__module__", "")) for n in program.graph.nodes)
         if decompose or vmapped or needs_functionalization(program.graph):
             program = program.run_decompositions(decompose)

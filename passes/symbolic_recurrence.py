@@ -37,7 +37,7 @@ def _cell(x: torch.Tensor, hx: torch.Tensor, *params: Any) -> torch.Tensor:
     return hx.new_empty(hx.shape)
 
 
-_SHAPES: dict[Any, Callable[..., Any]] = {
+SHAPE_KERNELS: dict[Any, Callable[..., Any]] = {
     aten.lstm.input: _lstm,
     aten.gru.input: _rnn,
     aten.rnn_tanh.input: _rnn,
@@ -52,8 +52,8 @@ _SHAPES: dict[Any, Callable[..., Any]] = {
 @contextlib.contextmanager
 def symbolic_recurrence() -> Iterator[None]:
     """While this is open, tracing sees only the shapes of recurrent layers and cells."""
-    saved = {op: dict(op.py_kernels) for op in _SHAPES}
-    for op, kernel in _SHAPES.items():
+    saved = {op: dict(op.py_kernels) for op in SHAPE_KERNELS}
+    for op, kernel in SHAPE_KERNELS.items():
         op.py_kernels[DispatchKey.CompositeImplicitAutograd] = kernel
         op._dispatch_cache.clear()
     try:
