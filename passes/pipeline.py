@@ -181,8 +181,8 @@ def compile_plan(
     captured = capture(model, example, clock, ticks, batch)
     graph, facts, constants = _understand(model, captured, clock, context)
 
-    def again(longer: int) -> tuple[Capture, fx.Graph]:
-        other = capture(model, example, clock, longer, batch, captured)
+    def again(longer: int, closed: bool) -> tuple[Capture, fx.Graph]:
+        other = capture(model, example, clock, longer, batch, captured, closed)
         return other, _understand(model, other, clock, context)[0]
 
     alike = captured.symbolic_time or compare_lengths(graph, captured, again)

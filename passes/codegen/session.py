@@ -56,7 +56,7 @@ def compile_session(
     copy, tensors = fx.Graph(), dict(tensors)
     copy.output(copy.graph_copy(graph, {}))
     parts = [n for n in copy.nodes if n.op == "placeholder"][frames:]
-    sizes = shapes_of(copy, tensors, [(tuple(x.shape), x.dtype) for x in arguments], arguments[0].device)
+    sizes = shapes_of(copy, tensors, [(tuple(x.shape), x.dtype) for x in arguments])
     channels = pad_channels(copy, sizes, tensors, parts) if alone else {}
     kept = zip(parts, arguments[frames:], strict=True)
     given = [*arguments[:frames], *(_with_channels(x, channels.get(n)) for n, x in kept)]
