@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from math import prod
 from typing import Any
 
 import torch
@@ -27,6 +28,7 @@ from .aliases import base
 aten = torch.ops.aten
 
 LARGE = 1 << 13  # bytes of a frame from which on moving it takes longer than a call
+FEW = 64  # positions up to which one product of all taps takes less than one for each
 MOST = 32  # frames of a history that are kept one by one
 
 _POOLS: dict[Any, Any] = {
@@ -205,8 +207,12 @@ class Apart:
         taps = self.sizes[weight][2]
         if size[2] != 1 or padding[0] or taps > MOST or taken[2] != dilation[0] * (taps - 1) + 1:
             return None
+        frames = self.apart(bound["input"], 2).nodes[:: dilation[0]]
+        alone = {*self.sizes[weight][3:], *stride[1:]} == {1} and not any(padding)  # each position by itself
+        if alone and bound["groups"] == 1 and prod(size[3:]) <= FEW:
+            return Frames(2, (self._rows(frames, weight, bound["bias"], size),))
         total = None
-        for i, frame in enumerate(self.apart(bound["input"], 2).nodes[:: dilation[0]]):
+        for i, frame in enumerate(frames):
             tap = self._tap(weight, i)
             bias = None if i or bound["bias"] is None else self.plain(bound["bias"])
             made = self._call(
@@ -215,6 +221,24 @@ class Apart:
             total = made if total is None else self._call(aten.add.Tensor, total, made)
         assert total is not None
         return Frames(2, (total,))
+
+    def _rows(self, frames: Sequence[fx.Node], weight: fx.Node, bias: fx.Node | None, size: Sequence[int]) -> fx.Node:
+        """All taps as one product, with a row for each position: (positions, taps * in) x (taps * in, out)."""
+        n = len(size) - 3
+        out, channels = self.sizes[weight][:2]
+        rows = [
+            self._call(
+                aten.reshape.default, self._call(aten.permute.default, x, [0, *range(2, n + 2), 1]), [-1, channels]
+            )
+            for x in frames
+        ]
+        name = self.derive(weight, "rows of taps", lambda w: w.flatten(2).permute(2, 1, 0).reshape(-1, out).contiguous())
+        assert name is not None
+        joined, turned = self._call(aten.cat.default, rows, 1), self._attribute(name)
+        product = (aten.mm.default,) if bias is None else (aten.addmm.default, self.plain(bias))
+        found = self._call(*product, joined, turned)
+        shaped = self._call(aten.reshape.default, found, [-1, *size[3:], out])
+        return self._call(aten.permute.default, shaped, [0, n + 1, *range(1, n + 1)])
 
     def _tap(self, weight: fx.Node, i: int) -> fx.Node:
         name = self.derive(weight, f"tap {i}", lambda w: w.select(2, i).contiguous())
