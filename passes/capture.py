@@ -139,11 +139,12 @@ def capture(
     ticks: int,
     batch: int,
     like: Capture | None = None,
+    closed: bool = False,
 ) -> Capture:
     """Trace `model` at `ticks` and at least 2 lanes, with batch and time left open where the model allows it.
 
     A model that does not leave its batch size open is traced at `batch` itself. `like`: a trace of it at another
-    length, in whose way alone this one is made.
+    length, in whose way alone this one is made; `closed`: at its batch size, with nothing left open, which is faster.
 
     Raises:
         CaptureError: no way of tracing succeeded.
@@ -152,9 +153,11 @@ def capture(
     with TRACING, quiet():
         ways = [(_export_open, max(2, batch)), (_export_open_time, batch), (_export_open_batch, max(2, batch)),
                 (_export_fixed, batch), (_export_recorded, max(2, batch))]  # fmt: skip
+        if like is not None:
+            ways = [w for w in ways if w[0].__name__ == like.way]
+        if like is not None and closed:
+            ways, batch = [(_export_fixed, like.points[0].batch)], like.points[0].batch
         for way, lanes in dict.fromkeys(ways):
-            if like is not None and way.__name__ != like.way:
-                continue
             point = Point(lanes, ticks)
             try:
                 with as_for_inference(model), time_limit(TIME_LIMIT):  # each way: forward may leave something behind
@@ -210,8 +213,9 @@ def _export(
             for n in program.graph.nodes
             if n.op == "call_function" and isinstance(n.meta.get("val"), torch.Tensor) and find_rule(n.target) is None
         }
-        known_to_torch = torch.export.default_decompositions()
-        decompose = {op: known_to_torch[op] for op in unknown if op in known_to_torch and _composite(op)}
+        composite = {op for op in unknown if _composite(op)}
+        known_to_torch = torch.export.default_decompositions() if composite else {}  # (a table of all ops)
+        decompose = {op: known_to_torch[op] for op in composite if op in known_to_torch}
         vmapped = any("functorch" in str(getattr(n.target, "__module__", "")) for n in program.graph.nodes)
         if decompose or vmapped or needs_functionalization(program.graph):
             program = program.run_decompositions(decompose)

@@ -16,31 +16,41 @@ from .errors import CaptureError
 
 
 def compare_lengths(
-    graph: fx.Graph, captured: Capture, again: Callable[[int], tuple[Capture, fx.Graph]]
+    graph: fx.Graph, captured: Capture, again: Callable[[int, bool], tuple[Capture, fx.Graph]]
 ) -> bool | None:
     """Add the sizes at twice the length as another sample point, if the model can be traced there in the same form.
 
     Args:
         graph: the canonical graph of `captured`.
-        again: traces the model at so many ticks, and gives its canonical graph.
+        again: traces the model at so many ticks, and gives its canonical graph; with True at one batch size only, which
+            costs a third where the graph is large, and may give another form.
 
     Returns:
         False if the model has another form at that length, None if it cannot be traced there.
     """
-    try:
-        other, twin = again(2 * captured.points[0].ticks)
-    except CaptureError:
-        return None
-    pairs = list(zip(graph.nodes, twin.nodes, strict=False))
-    back = {b: a for a, b in pairs}
-    if len(graph.nodes) != len(twin.nodes) or not all(_same_form(a, b, back) for a, b in pairs):
-        return False
-    captured.points.append(other.points[0])
+    alike: bool | None = None
+    for closed in (True, False) if captured.symbolic_batch else (False,):
+        try:
+            other, twin = again(2 * captured.points[0].ticks, closed)
+        except CaptureError:
+            alike = None
+            continue
+        pairs = list(zip(graph.nodes, twin.nodes, strict=False))
+        back = {b: a for a, b in pairs}
+        alike = len(graph.nodes) == len(twin.nodes) and all(_same_form(a, b, back) for a, b in pairs)
+        if alike:
+            captured.points.append(other.points[0])
+            _add_sizes(pairs, back)
+            break
+    return alike
+
+
+def _add_sizes(pairs: list[tuple[fx.Node, fx.Node]], back: dict[fx.Node, fx.Node]) -> None:
+    """Let the first of each pair know the second's arguments and sizes."""
     for a, b in pairs:
         if a.op != "output":
             a.meta["samples"].append(map_arg(b.meta["samples"][0], lambda n: back[n]))
             a.meta["sizes"].append(b.meta["sizes"][0])
-    return True
 
 
 def _same_form(a: fx.Node, b: fx.Node, back: dict[fx.Node, fx.Node]) -> bool:

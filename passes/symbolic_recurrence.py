@@ -1,7 +1,8 @@
-"""Keep nn.RNN, nn.LSTM and nn.GRU one op each while tracing, with the time size open.
+"""Keep recurrent layers and cells one op each while tracing, the layers with the time size open.
 
 The stock python kernels of ``aten.lstm.input`` and its kin loop over time, which fixes T and makes tracing cost
-O(T). While tracing they are replaced by ones that only tell the shapes; the traced program runs the real kernels.
+O(T); those of a cell are a dozen ops, for each frame of a loop. While tracing they are replaced by ones that only tell
+the shapes; the traced program runs the real kernels.
 """
 
 from __future__ import annotations
@@ -28,19 +29,31 @@ def _rnn(x: torch.Tensor, hx: torch.Tensor, params: Any, biases: bool, layers: i
     return x.new_empty((*x.shape[:-1], width)), hx.new_empty(hx.shape)
 
 
-_SHAPES: dict[Any, Callable[..., tuple[torch.Tensor, ...]]] = {
+def _lstm_cell(x: torch.Tensor, hx: list[torch.Tensor], *params: Any) -> tuple[torch.Tensor, ...]:
+    return hx[0].new_empty(hx[0].shape), hx[1].new_empty(hx[1].shape)
+
+
+def _cell(x: torch.Tensor, hx: torch.Tensor, *params: Any) -> torch.Tensor:
+    return hx.new_empty(hx.shape)
+
+
+SHAPE_KERNELS: dict[Any, Callable[..., Any]] = {
     aten.lstm.input: _lstm,
     aten.gru.input: _rnn,
     aten.rnn_tanh.input: _rnn,
     aten.rnn_relu.input: _rnn,
+    aten.lstm_cell.default: _lstm_cell,
+    aten.gru_cell.default: _cell,
+    aten.rnn_tanh_cell.default: _cell,
+    aten.rnn_relu_cell.default: _cell,
 }
 
 
 @contextlib.contextmanager
 def symbolic_recurrence() -> Iterator[None]:
-    """While this is open, tracing sees only the shapes of recurrent layers."""
-    saved = {op: dict(op.py_kernels) for op in _SHAPES}
-    for op, kernel in _SHAPES.items():
+    """While this is open, tracing sees only the shapes of recurrent layers and cells."""
+    saved = {op: dict(op.py_kernels) for op in SHAPE_KERNELS}
+    for op, kernel in SHAPE_KERNELS.items():
         op.py_kernels[DispatchKey.CompositeImplicitAutograd] = kernel
         op._dispatch_cache.clear()
     try:

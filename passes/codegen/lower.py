@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import fx
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.fx.node import map_arg
+from torch.fx.node import map_aggregate
 from torch.utils._python_dispatch import _disable_current_modes
 
 from ..canonicalize import bind, listed, unbind
+from ..symbolic_recurrence import SHAPE_KERNELS
 from .frames import Apart
 from .kernels import choose_kernels
 from .uniform import Uniform
@@ -31,6 +31,7 @@ aten = torch.ops.aten
 CONVOLUTIONS: dict[Any, int] = {aten.conv1d.default: 1, aten.conv2d.default: 2, aten.conv3d.default: 3}
 SMALL = 1 << 11  # numbers of a depthwise convolution's matrix for each channel, up to which a product is faster
 FULL = (torch.float32, torch.float64)  # in the half types a product of weights would be rounded once more
+META = torch.device("meta")
 Shapes = Sequence[tuple[tuple[int, ...], torch.dtype]]
 
 
@@ -68,16 +69,17 @@ class Lowering:
         self.graph.output(self.graph.graph_copy(module.graph, {}))
         one, other = arguments
         self.device = device
-        self.size_of = shapes_of(self.graph, self.tensors, one, device)
+        looks = self.fast or any(n.target in CONVOLUTIONS for n in self.graph.nodes)
+        self.size_of = shapes_of(self.graph, self.tensors, one) if looks else {}
         for node in list(self.graph.nodes):
             if node.target is aten.batch_norm.default:
                 self.fold_norm(node)
         self.inputs: set[str] = set()  # the names of the arguments that are the caller's
         if apart and self.size_of:
             one, other = self.take_apart(apart, one, other)
-            self.size_of = shapes_of(self.graph, self.tensors, one, device)
+            self.size_of = shapes_of(self.graph, self.tensors, one)
         if self.fast and self.size_of:
-            other_sizes = shapes_of(self.graph, self.tensors, other, device) if other != one else dict(self.size_of)
+            other_sizes = shapes_of(self.graph, self.tensors, other) if other != one else dict(self.size_of)
             Uniform(self.graph, self.size_of, other_sizes, self.number)
             units = Units(self.graph, self.size_of, other_sizes)
             self.graph, self.size_of = units.graph, units.sizes
@@ -266,23 +268,30 @@ def _single(
 
 
 def shapes_of(
-    graph: fx.Graph, tensors: Mapping[str, torch.Tensor], arguments: Shapes, device: torch.device
+    graph: fx.Graph, tensors: Mapping[str, torch.Tensor], arguments: Shapes
 ) -> dict[fx.Node, tuple[int, ...]]:
-    """The shape of every tensor in a graph, from arguments of example shapes; none if torch cannot tell."""
+    """The shape of every tensor in a graph, from arguments of example shapes; none if torch cannot tell.
+
+    On the device "meta", which has shapes alone, and takes a fifth of the time of fake tensors.
+    """
     values: dict[fx.Node, Any] = {}
     given = iter(arguments)
+
+    def value(arg: Any) -> Any:
+        return values[arg] if isinstance(arg, fx.Node) else META if isinstance(arg, torch.device) else arg
+
     try:
         # the caller's modes, a counter of operations say, are for what a step does
-        with _disable_current_modes(), FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
+        with _disable_current_modes(), torch.no_grad():
             for node in graph.nodes:
                 if node.op == "placeholder":
                     size, dtype = next(given)
-                    values[node] = torch.empty(size, dtype=dtype, device=device)
+                    values[node] = torch.empty(size, dtype=dtype, device=META)
                 elif node.op == "get_attr":
-                    values[node] = tensors[str(node.target)]
+                    values[node] = tensors[str(node.target)].to(META)
                 elif node.op == "call_function":
-                    args, kwargs = map_arg((node.args, node.kwargs), values.__getitem__)
-                    values[node] = node.target(*args, **kwargs)
+                    args, kwargs = map_aggregate((node.args, node.kwargs), value)
+                    values[node] = SHAPE_KERNELS.get(node.target, node.target)(*args, **kwargs)
     except (RuntimeError, NotImplementedError):  # an op without a shape function, or whose result's shape is data
         return {}
     return {n: tuple(v.shape) for n, v in values.items() if isinstance(v, torch.Tensor)}

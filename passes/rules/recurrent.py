@@ -90,6 +90,20 @@ def _beside_frames(call: Call) -> Fact | None:
     return call.framewise([outputs, *(s.layout for s in states)])
 
 
+@rule(aten.lstm_cell.default, aten.gru_cell.default, aten.rnn_tanh_cell.default, aten.rnn_relu_cell.default)
+def cell(call: Call) -> Fact:
+    """One step of a recurrent layer for each row of a batch: time may lie there, as something else is gone along."""
+    args = call.samples[0]
+    hidden = list(args["hx"]) if call.node.target is aten.lstm_cell.default else [args["hx"]]
+    given = [call.facts[n] for n in (args["input"], *hidden)]
+    params = [args[n] for n in ("w_ih", "w_hh", "b_ih", "b_hh")]
+    call.require(all(isinstance(call.fact(n), Static) for n in params), "its weights depend on time")
+    rows = {v.layout[0] if isinstance(v, Value) and v.layout.time == 0 else None for v in given}
+    call.require(len(rows) == 1 and None not in rows, "its state does not lie along time as its input does")
+    layouts = [v.layout for v in given[1:]]
+    return call.framewise(layouts if len(layouts) > 1 else layouts[0])
+
+
 class _Lstm(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -101,4 +115,23 @@ class _Lstm(nn.Module):
         return y
 
 
-SAMPLES = [Sample("lstm", _Lstm, (2, 9, 3), 1, unbounded=True)]
+class _Joints(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.lstm, self.gru, self.rnn = nn.LSTMCell(3, 4), nn.GRUCell(4, 4), nn.RNNCell(4, 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(batch, time, joints, 3): cells go along the joints of each frame."""
+        frames = x.flatten(0, 1)
+        h = c = g = frames[:, 0].new_zeros(frames.shape[0], 4)
+        for joint in frames.unbind(1):
+            h, c = self.lstm(joint, (h, c))
+            g = self.gru(h, g)
+        y: torch.Tensor = self.rnn(g, h[:, :2])
+        return y.reshape(x.shape[0], x.shape[1], 2)
+
+
+SAMPLES = [
+    Sample("lstm", _Lstm, (2, 9, 3), 1, unbounded=True),
+    Sample("cells_beside_frames", _Joints, (2, 9, 3, 3), 1),
+]
