@@ -22,6 +22,7 @@ from .runtime.program import OutputSpan, Program, StateSpec
 from .runtime.state import StreamState, allocate, grow
 
 EVALUATIONS = 8  # of a clip or a loop's body in one program
+REPEATED = 256  # ops of clips that a program repeats for them, beyond the first evaluation
 KEPT_PROGRAMS = 512
 CAPACITY = 16  # ticks for which there is room at first, in a state that grows
 
@@ -39,7 +40,15 @@ class Compiled:
         self.spec = InputSpec.of(plan)
         self.programs: dict[Key, Program] = {}
         self.tables = [op for op in plan.schedule.graph.ops if op.limit is not None]
-        self.clips = [(c.first, c.every) for op in plan.schedule.graph.ops if (c := op.clip) is not None]
+        clips = [op for op in plan.schedule.graph.ops if op.clip is not None]
+        read = {r.source for op in plan.schedule.graph.ops for r in op.reads}
+        apart = not any(v in read for op in clips for v in op.outputs)
+        self.clips = [
+            (c.first, c.every * max(1, min(EVALUATIONS, REPEATED // max(1, len(c.nodes)))))
+            for op in clips
+            if (c := op.clip) is not None
+        ]
+        self.first_of_clips = [op.outputs[0] for op in clips] if apart else []
         self.unrolled = any(op.unrolled for op in plan.schedule.graph.ops)
         self._seen = self._fingerprint()
         self._stale = False
@@ -179,10 +188,14 @@ class Compiled:
             return 1
         if self.unrolled:
             ticks = min(ticks, EVALUATIONS)
-        for first, every in self.clips:
+        for first, several in self.clips:
             idle = first - 1 - count
-            ticks = min(ticks, idle if idle > 0 else EVALUATIONS * every)
+            ticks = min(ticks, idle if idle > 0 else several)
         return ticks
+
+    def idle(self, ticks: int) -> bool:
+        """Whether within so many ticks no clip is due, so that the programs up to there need not evaluate any."""
+        return bool(self.first_of_clips) and all(self.plan.schedule.count(v, ticks) <= 0 for v in self.first_of_clips)
 
     def _run(
         self, state: StreamState, inputs: Sequence[torch.Tensor], ticks: int, length: int | None, frames: bool
@@ -199,6 +212,7 @@ class Compiled:
             frames=frames,
             folded=self.folded(),
             capacity=self.capacity(state.count + ticks),
+            idle=self.idle(state.count + ticks),
         )
         program = self.program(key)
         kept, batch = state.tensors, state.batch

@@ -19,7 +19,7 @@ from .capture import Capture, Clock
 from .codegen.graph_module import Constants
 from .errors import NonLocal, Refusal, Refuse
 from .layout import BATCH, TIME, Layout, Unshapeable, dim
-from .registry import Call, Fact, Head, InClip, Pair, Static, Tail, entry, find_pair_rule, find_rule
+from .registry import Call, Fact, Head, InClip, Pair, Static, Tail, entry, find_pair_rule, find_rule, takes_edges
 from .stream_graph import StreamGraph, Value
 
 aten = torch.ops.aten
@@ -108,7 +108,7 @@ def _fact(
         return _back_to_frames(node, facts, flat, constants)
     paired = any(isinstance(f, Pair) for f in flat)
     ended = next((f for f in flat if isinstance(f, InClip) and not isinstance(f, Pair)), None)
-    understood = entry(node.target).takes_edges and all(isinstance(f, (Head, Tail, Value, Static)) for f in flat)
+    understood = takes_edges(node.target) and all(isinstance(f, (Head, Tail, Value, Static)) for f in flat)
     if ended is not None and not understood:
         spectral = any(isinstance(f, InClip) and f.spectral for f in flat) or "fft" in str(node.target)
         back = _back_from_spectra(node, facts, constants, context) if spectral else None

@@ -221,6 +221,13 @@ def find_rule(target: Any) -> Rule | None:
     return None
 
 
+def takes_edges(target: Any) -> bool:
+    """Whether an overload's rule understands first and last frames of streams among its arguments."""
+    from . import rules
+
+    return entry(target).takes_edges or find_rule(target) is rules.pointwise.pointwise
+
+
 def find_pair_rule(target: Any) -> Rule | None:
     """The rule of an overload for pairs of frames, or the one for all pointwise ops, or None."""
     from . import rules

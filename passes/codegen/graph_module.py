@@ -57,6 +57,7 @@ class Key:
         endless: the stream does not end, so that windows reach outside at its start alone.
         apart: histories of large frames come and go frame by frame, see frames.py.
         kernels: it may call kernels that are torch's alone, see kernels.py.
+        idle: no evaluation of a clip falls due, so that none is made.
     """
 
     phase: int
@@ -70,6 +71,7 @@ class Key:
     endless: bool = False
     apart: bool = False
     kernels: bool = True
+    idle: bool = False
 
 
 def state_specs(schedule: Schedule, capacity: int = 0) -> list[StateSpec]:
@@ -840,7 +842,7 @@ def _inputs(b: Builder, plan: Plan) -> None:
 def _emit_op(b: Builder, op: Op, plan: Plan) -> None:
     b.about = plan.about(op.outputs[0])
     span = b.span(op.outputs[0])
-    if not span:
+    if not span or (op.clip is not None and b.key.idle):
         b.chunks.update(dict.fromkeys(op.outputs))
         return
     windows = [b.window(r, span, op) for r in op.reads]

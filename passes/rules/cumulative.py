@@ -10,7 +10,7 @@ from torch import fx, nn
 
 from ..layout import Layout
 from ..registry import Call, Fact, Sample, rule
-from ..stream_graph import Carry, read
+from ..stream_graph import Carry, Value, read
 
 aten = torch.ops.aten
 
@@ -53,6 +53,31 @@ def cumulative(call: Call) -> Fact:
         layouts, [read(x, fill=neutral)], length_of=[x], lower=lower, carries=[carry], several=pair
     )
     return values if pair else values[0]
+
+
+def held(call: Call, x: Value) -> Value:
+    """The first frame of a stream, at every frame: it is kept."""
+    if "held" not in x.normalised:
+        clean = call.ungroup(x)
+        axis, layout = clean.layout.time, clean.layout
+
+        def lower(b: Any, op: Any, windows: Any, span: range, carries: list[fx.Node]) -> tuple[Any, list[fx.Node]]:
+            first = carries[0]
+            if b.masked:
+                start = b.narrow(b.indices(op, span), 0, 0, 1)
+                at = b.aten("clamp.default", b.aten("neg.default", start), 0, len(span) - 1)
+                here = b.aten("index_select.default", windows[0].node, axis, at)
+                first = b.aten("where.self", b.aten("gt.Scalar", start, 0), first, here)
+            times = [len(span) if i == axis else 1 for i in range(len(layout))]
+            return b.aten("repeat.default", first, times), [first]
+
+        carry = Carry("first", Layout((*layout.dims[:axis], (), *layout.dims[axis + 1 :])), clean.dtype, 0.0)
+        x.normalised["held"] = call.emit(
+            layout, [read(clean, fill=0.0)], length_of=[clean], lower=lower, carries=[carry], indexed=True,
+            dtypes=[clean.dtype], nodes=[], masked_until=1,
+        )  # fmt: skip
+    first: Value = x.normalised["held"]
+    return first
 
 
 class _Cumulative(nn.Module):

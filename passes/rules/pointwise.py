@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import torch
 from torch import fx, nn
 
+from ..errors import NonLocal
 from ..layout import TIME, Dim, Layout, dim
-from ..registry import Call, Fact, Sample, lower_call, note, overloads, rule
+from ..registry import Call, Fact, Head, InClip, Sample, lower_call, note, overloads, rule
 from ..stream_graph import Value, read
+from .cumulative import held
 
 aten = torch.ops.aten
 
@@ -21,6 +25,12 @@ def broadcast(call: Call) -> tuple[list[fx.Node], list[Value], Layout]:
     """
     tensors = [n for n in call.node.all_input_nodes if isinstance(n.meta.get("val"), torch.Tensor)]
     streams = {n: call.facts[n] for n in tensors if isinstance(call.facts[n], Value)}
+    for n in tensors:
+        fact = call.facts[n]
+        if isinstance(fact, Head) and fact.count == fact.times == 1:  # the first frame beside all others
+            streams[n] = held(call, fact.of)
+        elif isinstance(fact, InClip):
+            raise NonLocal(fact.reason)
     if len({(len(v.layout) - v.layout.time, v.layout[v.layout.time], v.lengths) for v in streams.values()}) > 1:
         streams = {n: v if v.layout.clean else call.ungroup(v) for n, v in streams.items()}
     rank = max(len(n.meta["val"].shape) for n in tensors)
@@ -45,6 +55,14 @@ def broadcast(call: Call) -> tuple[list[fx.Node], list[Value], Layout]:
 
 def pointwise(call: Call) -> Fact:
     """The rule of every op that torch tags as pointwise."""
+    if not call.streams:  # of first frames: those of what the op makes of all frames
+        heads = {n: f for n in call.node.all_input_nodes if isinstance(f := call.facts[n], InClip)}
+        head = next(iter(heads.values()))
+        if len(heads) > 1 or not isinstance(head, Head) or head.count != 1:
+            raise NonLocal(head.reason)
+        value = pointwise(dataclasses.replace(call, facts={**call.facts, **dict.fromkeys(heads, head.of)}))
+        call.require(isinstance(value, Value), head.reason)
+        return dataclasses.replace(head, of=value)
     nodes, values, layout = broadcast(call)
     for name, arg in call.samples[0].items():
         if not isinstance(arg, (fx.Node, list, tuple)):
@@ -144,7 +162,15 @@ class _Quantizer(nn.Module):
         return torch.stack(torch.broadcast_tensors(nearest, x[:, :1])).sum(0)  # type: ignore[no-untyped-call]
 
 
+class _Baseline(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(batch, channels, time), relative to its first frame, over the first frame of a filter."""
+        late: torch.Tensor = x[:, :, 2:] - 0.5 * x[:, :, :-2]
+        return (x - x[:, :, :1])[:, :, 2:] * late / (1 + late[:, :, :1].abs())
+
+
 SAMPLES = [
+    Sample("relative_to_the_first_frame", _Baseline, (2, 3, 9), unbounded=True),
     Sample("quantizer", _Quantizer, (2, 3, 9)),
     Sample("activations", lambda: nn.Sequential(nn.GELU(), nn.PReLU(4), nn.Softmax(1), nn.GLU(1)), (2, 4, 9)),
 ]
