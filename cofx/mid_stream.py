@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from .backends import fastest, installed, measures, question, remember, remembered
-from .passes.codegen.backends import compile_inductor, compile_session
 from .passes.codegen.graph_module import FOREVER, Key
+from .passes.codegen.inductor import compile_inductor
+from .passes.codegen.session import compile_session
 from .runtime.program import Program
 from .runtime.state import StreamState, allocate, take_apart
 
@@ -29,7 +30,8 @@ class MidStream:
         self.compiled, self.backend = compiled, backend
         plan = compiled.plan
         self._whole = [replace(spec, apart=None) for spec in compiled.specs]
-        self._runs: dict[tuple[int, bool, str], Callable[..., Any] | None] = {}
+        self._runs: dict[tuple[int, bool], Callable[..., Any] | None] = {}
+        self._compiled: dict[Shapes, list[Callable[..., Any]]] = {}
         self._chosen: dict[Shapes, str] = {}  # the backend for frames of these shapes
         self._homes: dict[Shapes, Residence] = {}
         self._accepted: tuple[int | None, Shapes] | None = None
@@ -55,6 +57,7 @@ class MidStream:
         if self.backend != "eager" and not traced and not any(x.requires_grad for x in frames):
             backend = self.prepare(frames, batch)
         phase = count % self._period
+        by_frame = compiled.large_frames and not traced
         if backend == "onnxruntime":
             home = self._homes[tuple(x.shape for x in frames)]
             here = state.resident
@@ -63,13 +66,15 @@ class MidStream:
             outputs, placed = home.step(phase, frames, here)
             specs = compiled.specs if compiled.large_frames else self._whole
             return self._packed(outputs), StreamState(count + 1, None, batch, None, specs, placed)
-        by_frame = compiled.large_frames and not traced
-        place = phase, by_frame or not compiled.large_frames, backend
-        if place not in self._runs:
-            if traced:
-                return None
-            self.program(*place)
-        run = self._runs[place]
+        if backend == "inductor":
+            run: Callable[..., Any] | None = self._compiled[tuple(x.shape for x in frames)][phase]
+        else:
+            place = phase, by_frame or not compiled.large_frames
+            if place not in self._runs:
+                if traced:
+                    return None
+                self.program(*place)
+            run = self._runs[place]
         if run is None:
             return None
         kept = self._parts(state) if by_frame else state.tensors
@@ -105,17 +110,12 @@ class MidStream:
             return tuple(outputs)
         return self.compiled.pack(list(outputs), stacked=False)
 
-    def program(self, phase: int, apart: bool, backend: str = "eager") -> Callable[..., Any] | None:
+    def program(self, phase: int, apart: bool) -> Callable[..., Any] | None:
         """The program of a step in mid-stream: the fastest, which takes large frames one by one, or a plain."""
-        place = phase, apart, backend
+        place = phase, apart
         if place not in self._runs:
-            program = self._bare(phase, apart, kernels=backend == "eager")
-            if program is None:
-                self._runs[place] = None
-            elif backend == "inductor":
-                self._runs[place] = compile_inductor(program.graph, program.tensors)
-            else:
-                self._runs[place] = program.run
+            program = self._bare(phase, apart, kernels=True)
+            self._runs[place] = None if program is None else program.run
         return self._runs[place]
 
     def _bare(self, phase: int, apart: bool, kernels: bool) -> Program | None:
@@ -199,7 +199,11 @@ class MidStream:
                     _, placed = home.step(phase, frames, placed)
 
             return resident
-        runs = [self.program(phase, True, backend) for phase in range(self._period)]
+        runs: list[Callable[..., Any] | None] = []
+        if backend == "inductor":
+            runs.extend(self._loops(frames, parts))
+        else:
+            runs.extend(self.program(phase, True) for phase in range(self._period))
 
         def plain() -> None:
             kept = parts
@@ -208,6 +212,18 @@ class MidStream:
                     _, kept = run(*frames, *kept)
 
         return plain
+
+    def _loops(self, frames: Sequence[torch.Tensor], parts: tuple[torch.Tensor, ...]) -> list[Callable[..., Any]]:
+        """The programs of mid-stream as inductor compiles them for frames of these shapes."""
+        shapes = tuple(x.shape for x in frames)
+        if shapes not in self._compiled:
+            runs = []
+            for phase in range(self._period):
+                program = self._bare(phase, True, kernels=False)
+                assert program is not None
+                runs.append(compile_inductor(program.graph, program.tensors, [*frames, *parts], len(frames)))
+            self._compiled[shapes] = runs
+        return self._compiled[shapes]
 
     def _home(self, frames: Sequence[torch.Tensor], parts: tuple[torch.Tensor, ...]) -> Residence:
         """The programs of mid-stream in ONNX Runtime for frames of these shapes."""

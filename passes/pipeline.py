@@ -30,6 +30,7 @@ from .errors import CompileError, NonLocalError, Refusal, RefusedError, module_p
 from .fold_positions import fold_positions
 from .layout import TIME
 from .loops import Loop
+from .place_delays import place_delays
 from .propagate_facts import Facts, propagate_facts
 from .registry import Call, Fact, InClip
 from .roll_up_loops import gather_assignments, roll_up_loops
@@ -247,7 +248,7 @@ def _plan(
     runs: Runs | None,
     ends: dict[str, Any] | None = None,
 ) -> Plan:
-    schedule = schedule_delays(facts.streams, values)
+    schedule = place_delays(schedule_delays(facts.streams, values))
     nodes = [n for n in graph.nodes if n.op == "placeholder"]
     by_node = {v.node: v for v in facts.streams.inputs}
     return Plan(

@@ -111,7 +111,8 @@ def _fact(
     understood = entry(node.target).takes_edges and all(isinstance(f, (Head, Tail, Value, Static)) for f in flat)
     if ended is not None and not understood:
         spectral = any(isinstance(f, InClip) and f.spectral for f in flat) or "fft" in str(node.target)
-        return InClip(ended.reason, spectral=spectral)
+        back = _back_from_spectra(node, facts, constants, context) if spectral else None
+        return back or InClip(ended.reason, spectral=spectral)
     call = Call(node, facts.streams, facts.of, node.meta["samples"], node.meta["sizes"], constants, context)
     timeless = ended is None and not paired and not any(isinstance(f, Value) for f in flat)
     random = torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
@@ -134,6 +135,22 @@ def _fact(
     except Refuse as why:
         facts.refusals.append(Refusal(str(why), node, why.hint))
         return InClip(str(why))
+
+
+def _back_from_spectra(node: fx.Node, facts: Facts, constants: Constants, context: int | None) -> Fact | None:
+    """The fact of an op that makes frames again of a product of spectra, if it does."""
+    apply = entry(node.target).spectral_rule
+    if apply is None:
+        return None
+    call = Call(node, facts.streams, facts.of, node.meta["samples"], node.meta["sizes"], constants, context)
+    known = len(facts.streams.ops), len(facts.streams.values)
+    try:
+        fact = apply(call)
+        _check(node, fact, facts.streams)
+        return fact
+    except (NonLocal, Unshapeable):
+        del facts.streams.ops[known[0] :], facts.streams.values[known[1] :]
+        return None
 
 
 def _back_to_frames(node: fx.Node, facts: Facts, flat: list[Fact], constants: Constants) -> Fact:

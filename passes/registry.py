@@ -119,6 +119,7 @@ class Entry:
     Attributes:
         rule: for frames; None: torch's tags or its decomposition tell, or it is recomputed over clips.
         pair_rule: for pairs of frames; asked when the rule for frames cannot.
+        spectral_rule: for what was made of spectra over the whole clip, of which it may make frames again.
         takes_edges: its rule understands `Head` and `Tail` facts of its arguments.
         hands_on: it hands on its first argument as it is, in eval mode, and leaves the graph.
         stays: it is not decomposed, though it has no rule.
@@ -127,6 +128,7 @@ class Entry:
 
     rule: Rule | None = None
     pair_rule: Rule | None = None
+    spectral_rule: Rule | None = None
     takes_edges: bool = False
     hands_on: bool = False
     stays: bool = False

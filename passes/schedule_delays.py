@@ -1,7 +1,8 @@
 """Pass 5: when each frame is computed, and which frames are kept.
 
 An output frame is due when its taps are there and it is sure to exist: ``A_out = min(taps, length(n))``. Each op runs
-as soon as it can; a value that is needed again later has one history, shared by all that read it.
+as soon as it can, or as much later as place_delays.py says; a value that is needed again later has one history, shared
+by all that read it.
 """
 
 from __future__ import annotations
@@ -52,6 +53,9 @@ class Counter:
             ]
             for v in op.outputs:
                 available[v] = min([length[v], *ready, *([math.floor(v.rate * n)] if self.waiting else [])])
+        for op in self.graph.ops:
+            for v in op.outputs:
+                available[v] -= op.late
         for v in self.graph.values:
             if isinstance(v.producer, View) and v.producer.source in available:
                 available[v] = min(length[v], available[v.producer.source] - v.producer.offset)

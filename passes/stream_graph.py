@@ -213,6 +213,7 @@ class Op:
         columns: the reads that it takes at the frames of the keys (an op whose result has pairs of frames).
         unrolled: a program repeats it frame by frame.
         approximate: it reads no further back than the user allowed, where the model reads everything.
+        late: frames that its results come later than they could, see place_delays.py.
     """
 
     name: str
@@ -230,6 +231,7 @@ class Op:
     columns: frozenset[int] = frozenset()
     unrolled: bool = False
     approximate: bool = False
+    late: int = 0
 
 
 @dataclass

@@ -62,3 +62,17 @@ class Program:
     outputs: list[OutputSpan]
     wants: tuple[str, ...]
     apart: bool = False
+
+
+@dataclass(frozen=True)
+class Passed:
+    """A part of the state after a step that is one of the state before: the part of that number."""
+
+    part: int
+
+
+@dataclass(frozen=True)
+class Made:
+    """A part of the state after a step, or an output, that a program computes: its result of that number."""
+
+    number: int

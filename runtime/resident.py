@@ -18,22 +18,9 @@ import torch
 
 from .onnx_buffers import lend
 from .onnx_meta import DTYPES
+from .program import Made, Passed
 
 WAYS = 512  # bindings that are kept
-
-
-@dataclass(frozen=True)
-class Passed:
-    """A part of the state after a step that is one of the state before: the part of that number."""
-
-    part: int
-
-
-@dataclass(frozen=True)
-class Made:
-    """A part of the state after a step, or an output, that the graph computes: its output of that number."""
-
-    number: int
 
 
 @dataclass(frozen=True)

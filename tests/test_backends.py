@@ -232,3 +232,22 @@ class NoForm(nn.Module):
 def test_an_op_without_onnx_form():
     with pytest.raises(cofx.CompileError, match="no ONNX form"), torch.no_grad():
         cofx.compile(NoForm().eval(), CLIP, backend="onnxruntime")
+
+
+@torch.no_grad()
+def test_inductor_keeps_pictures_as_it_makes_them():
+    """Depthwise, pointwise and dense convolutions of pictures; from then on no state changes its layout."""
+    model = nn.Sequential(
+        nn.Conv3d(3, 24, (1, 3, 3), stride=(1, 2, 2), padding=(0, 1, 1)),
+        nn.Conv3d(24, 24, (5, 1, 1), padding=(2, 0, 0), groups=24, bias=False),
+        nn.BatchNorm3d(24), nn.ReLU(), nn.Conv3d(24, 54, 1),
+        nn.Conv3d(54, 54, 3, (1, 2, 2), padding=1, groups=54), nn.SiLU(),
+        nn.Conv3d(54, 20, 1, bias=False), nn.Conv3d(20, 20, (3, 1, 1), padding=(1, 0, 0)),
+    ).eval()  # fmt: skip
+    clip = torch.randn(1, 3, 12, 32, 32)
+    step, plain = cofx.compile(model, clip, backend="inductor"), cofx.compile(model, clip)
+    got, want = steps(step, clip), steps(plain, clip)
+    laid = [x.stride() for x in step._state.apart]
+    same(got + steps(step, clip), want + steps(plain, clip))
+    assert [x.stride() for x in step._state.apart] == laid
+    assert all(x.is_contiguous(memory_format=torch.channels_last) for x in step._state.apart if x.dim() == 4)

@@ -270,7 +270,24 @@ class Strided(nn.Module):
         return (x + self.up(F.gelu(self.down(x)))).transpose(1, 2)
 
 
-@pytest.mark.parametrize("build", [Recurrent, Strided, lambda: Causal(), lambda: Causal(3)])
+class ByDistance(nn.Module):
+    """Causal attention with a bias for each distance, and a convolution with a wave that decays over the whole clip."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bias, self.decay = nn.Parameter(torch.randn(12)), nn.Parameter(torch.rand(3))
+
+    def forward(self, x):
+        n = x.shape[1]
+        at = torch.arange(n)
+        ago = at[:, None] - at
+        scores = (x @ x.mT + self.bias[ago.clamp(min=0)]).masked_fill(ago < 0, float("-inf"))
+        kernel = (-self.decay[:, None] * at).exp() * (at * 0.3).cos()
+        wave = torch.fft.rfft(x.mT, n=2 * n) * torch.fft.rfft(kernel, n=2 * n)
+        return scores.softmax(-1) @ x + torch.fft.irfft(wave, n=2 * n)[..., :n].mT
+
+
+@pytest.mark.parametrize("build", [Recurrent, Strided, lambda: Causal(), lambda: Causal(3), ByDistance])
 @pytest.mark.parametrize("chunks", [(12,), (1,) * 12, (5, 3, 4)])
 def test_gradients_through_a_stream_are_the_offline_ones(build, chunks):
     torch.manual_seed(0)

@@ -278,6 +278,60 @@ class MadeInForward(nn.Module):
         return y
 
 
+class Waves(nn.Module):
+    """A table of sines made in forward; at 12 frames its length is also twice and three times a smaller one."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(batch, time, 4)"""
+        at = torch.arange(x.shape[1])[:, None] * torch.tensor([1.0, 0.1])
+        table = torch.zeros(x.shape[1], 4)
+        table[:, 0::2], table[:, 1::2] = at.sin(), at.cos()
+        return x + table
+
+
+class Emphasis(nn.Module):
+    """The difference to the sample before, the first sample as it is, as speech recognisers begin."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(batch, time)"""
+        return torch.cat([x[:, :1], x[:, 1:] - 0.97 * x[:, :-1]], 1)
+
+
+class StateSpace(nn.Module):
+    """A state space as a convolution with a kernel as long as the clip, applied as a product of spectra (S4D)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.step, self.out = nn.Parameter(torch.rand(3) * 0.1), nn.Parameter(torch.randn(3, 2, 2))
+        self.rate, self.wave = nn.Parameter(torch.rand(3, 2)), nn.Parameter(torch.rand(3, 2) * 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(batch, 3, time)"""
+        length = x.shape[-1]
+        poles = (-self.rate.exp() + 1j * self.wave) * self.step[:, None]
+        powers = torch.exp(poles[..., None] * torch.arange(length))
+        kernel = 2 * torch.einsum("hn, hnl -> hl", torch.view_as_complex(self.out), powers).real
+        spectrum = torch.fft.rfft(x, n=2 * length) * torch.fft.rfft(kernel, n=2 * length)
+        y: Tensor = torch.fft.irfft(spectrum, n=2 * length)[..., :length]
+        return y + x
+
+
+class SubBands(nn.Module):
+    """Each band with its neighbours, taken by patches that are as long as the clip, in an LSTM (FullSubNet)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.memory = nn.LSTM(3, 4, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(batch, 1, bands, time)"""
+        batch, _, bands, time = x.shape
+        around = nn.functional.pad(x, [0, 0, 1, 1], mode="reflect")
+        patches = nn.functional.unfold(around, (3, time)).view(batch, 3, time, bands).permute(0, 3, 1, 2)
+        y, _ = self.memory(patches.reshape(batch * bands, 3, time).transpose(1, 2))
+        return y.reshape(batch, bands, time, 4)[..., 0]
+
+
 CASES = {
     "mask_of_all_that_counts": (CountedMask, (2, 9, 4), 1, {"unbounded": True}),
     "frames_taken_twice": (FramesTakenTwice, (2, 4, 9), 2, {"unbounded": True}),
@@ -297,6 +351,15 @@ CASES = {
     "loop_that_looks_ahead": (Decayed, (2, 9, 3), 1, {"unbounded": True}),
     # (a Fourier transform's rounding touches every frame, so that what an output depends on cannot be measured)
     "filters_by_fourier_transform": (FilterBank, (2, 3, 12), 2, {"checks": [*set(CHECKS) - {"receptive_field"}]}),
+    "waves_at_twelve_frames": (Waves, (2, 12, 4), 1, {}),
+    "emphasis": (Emphasis, (2, 9), 1, {}),
+    "state_space_by_fourier_transform": (
+        StateSpace,
+        (2, 3, 9),
+        2,
+        {"unbounded": True, "checks": [*set(CHECKS) - {"receptive_field"}]},
+    ),
+    "sub_bands": (SubBands, (2, 1, 5, 9), 3, {"unbounded": True, "output_time_dim": 2}),
     "every_other_frame": (EveryOther, (2, 3, 10), 2, {"multiple": 2, "length": 24}),
 }
 

@@ -11,8 +11,9 @@ between, where nothing reaches outside, the plain program does without.
 
 from __future__ import annotations
 
+import contextlib
 import operator
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from math import prod
 from typing import TYPE_CHECKING, Any
@@ -174,6 +175,7 @@ class Builder:
         self.about_of = about_of
         self.schedule = schedule
         self.key = key
+        self.absolute = False
         self.constants = constants
         self.graph = fx.Graph()
         self.root: dict[str, torch.Tensor] = {}
@@ -472,8 +474,17 @@ class Builder:
         """The true indices of the frames `span` that an op makes: int64, one for each."""
         return self.index_range(op.outputs[0], span)
 
+    @contextlib.contextmanager
+    def from_the_start(self) -> Iterator[None]:
+        """Lowerings take a stream to begin with this program, as they may where nothing but distances counts."""
+        before, self.absolute = self.absolute, True
+        yield
+        self.absolute = before
+
     def index_range(self, value: Value, span: range) -> fx.Node:
         """True indices for frames that this program calls `span` (of `value`)."""
+        if self.absolute:
+            return self.constant(list(span), torch.int64)
         per_period = int(value.rate * self.schedule.period)
         key = ("index", per_period, span)
         if key not in self._memo:

@@ -86,15 +86,18 @@ def frames(b: Builder, value: Value, span: range) -> Any:
     return result[index] if isinstance(result, (tuple, list)) else b.getitem(result, index)
 
 
-def _constant(b: Builder, value: Value, scope: Scope) -> fx.Node:
+def _constant(b: Builder, value: Value, scope: Scope) -> Any:
     """A value that depends on nothing but the distance of the two frames."""
     base = scope.rows.start - scope.columns.start
     if scope.limit is not None:
         base = min(base, scope.limit - len(scope.rows))
     shift = base - scope.rows.start
+    rows, columns = (range(r.start + shift, r.stop + shift) for r in (scope.rows, scope.columns))
+    if not b.key.folded:  # a gradient goes through it
+        with b.from_the_start():
+            return evaluate(b, value, Scope(rows, columns))
     name = f"constant_{value.name}_{scope.rows.start - scope.columns.start}_{len(scope.rows)}_{len(scope.columns)}"
     if name not in b.root:
-        rows, columns = (range(r.start + shift, r.stop + shift) for r in (scope.rows, scope.columns))
         found = evaluate(Evaluator(b.constants, b.schedule.graph, b.device), value, Scope(rows, columns))
         return b.attribute(name, found.contiguous())
     return b.attribute(name, b.root[name])
@@ -228,9 +231,9 @@ def find_reach(evaluator: Evaluator, weights: Value, scores: bool = False) -> Re
         NonLocal: a query reads keys at the end of the clip, or none.
     """
     parts = _parts(weights)
-    limit = min((op.limit for v in parts for op in _tables(v) if op.limit is not None), default=None)
+    limit = min((op.limit for v in parts for op in tables_of(v) if op.limit is not None), default=None)
     still = [v for v in parts if not streams_of(v)]
-    periodic = any(op.limit is not None or _packet(op) not in _WITHOUT_PERIOD for v in still for op in _tables(v))
+    periodic = any(op.limit is not None or _packet(op) not in _WITHOUT_PERIOD for v in still for op in tables_of(v))
     blocks = [(range(0, 2 * ROWS), 2 * ROWS + AHEAD), (range(FAR, FAR + ROWS), FAR + ROWS + AHEAD)]
     start = FAR + ROWS
     if limit is not None and limit < FAR + ROWS + AHEAD:
@@ -319,7 +322,7 @@ def streams_of(value: Value) -> list[tuple[Value, bool]]:
     return list(found)
 
 
-def _tables(value: Value) -> list[Op]:
+def tables_of(value: Value) -> list[Op]:
     """The ops of nothing but positions that a value is made from."""
     found, queue = [], [value]
     while queue:
@@ -343,5 +346,5 @@ def _by_distance(evaluator: Evaluator, value: Value, limit: int | None) -> bool:
 
 def _statics(value: Value) -> list[fx.Node]:
     return [
-        n for op in _tables(value) if op.node is not None for n in op.node.all_input_nodes if n not in op.stream_nodes
+        n for op in tables_of(value) if op.node is not None for n in op.node.all_input_nodes if n not in op.stream_nodes
     ]

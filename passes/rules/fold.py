@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from ..layout import TIME, Layout, dim
 from ..registry import Call, Fact, Sample, overloads, rule
 from ..schedule import Taps
-from ..stream_graph import read
+from ..stream_graph import Value, read
 
 aten = torch.ops.aten
 
@@ -29,10 +29,15 @@ def unfold(call: Call) -> Fact:
     x = call.stream("self", clean=True)
     axis = x.layout.time - (rank - 2)
     call.require(axis >= 0, "time lies in the channels")
-    kernel, stride = call.arg("kernel_size"), call.arg("stride")
+    kernels, stride = call.sampled("kernel_size"), call.arg("stride")
     padding, dilation = list(call.arg("padding")), call.arg("dilation")
-    k, s, p, d = (v[axis] for v in (kernel, stride, padding, dilation))
     other = 1 - axis
+    if all(k[axis] == n for k, n in zip(kernels, x.lengths, strict=True)) and len(set(x.lengths)) > 1:
+        call.require(len({k[other] for k in kernels}) == 1, "a patch as large as the clip")
+        call.require(padding[axis] == 0 and dilation[axis] == 1, "patches larger than the clip")
+        return _as_long_as_the_clip(call, x, axis, kernels[0][other])
+    kernel = call.arg("kernel_size")
+    k, s, p, d = (v[axis] for v in (kernel, stride, padding, dilation))
     across = call.sizes_of(call.samples[0]["self"])[rank - 2 + other][0]
     rest = across + 2 * padding[other] - dilation[other] * (kernel[other] - 1) - 1
     call.require(rest // stride[other] == 0, "patches beside each other")
@@ -47,6 +52,20 @@ def unfold(call: Call) -> Fact:
         lower=lambda b, op, windows, at, _: b.call(op, windows, padding=inner),
         nodes=call.stream_nodes,
     )
+
+
+def _as_long_as_the_clip(call: Call, x: Value, axis: int, size: int) -> Fact:
+    """Patches that have all of the clip's frames, beside each other in the other dimension: cut from each frame."""
+    batch, channels = x.layout.dims[:-3], x.layout.dims[-3]
+    call.require(all(isinstance(f, int) for f in channels), "the batch lies in the channels")
+    entries = dim(size) + (TIME,) if axis == 1 else (TIME, *dim(size))
+    layout = Layout((*batch, (*channels, *entries), dim(call.out_sizes[-1][0])))
+
+    def lower(b: Any, op: Any, windows: Any, span: range, _: Any) -> Any:
+        kernel = [len(span) if i == axis else size for i in range(2)]
+        return b.call(op, windows, kernel_size=kernel)
+
+    return call.framewise(layout, [x], lower)
 
 
 @rule(*overloads("col2im.default"))
@@ -99,6 +118,7 @@ def fold(call: Call) -> Fact:
 SAMPLES = [
     Sample("overlap_add", lambda: _OverlapAdd(), (2, 3, 20), length=44),
     Sample("patches", lambda: _Patches(), (2, 3, 20), length=44),
+    Sample("patches_of_bands", lambda: _Bands(), (2, 5, 9)),
 ]
 
 
@@ -119,3 +139,11 @@ class _Patches(nn.Module):
         """(batch, channels, time): the mean of three frames, two apart, at every second frame."""
         patches = F.unfold(x[:, :, None], (1, 3), dilation=2, padding=(0, 1), stride=2)
         return patches.reshape(x.shape[0], x.shape[1], 3, -1).mean(2)
+
+
+class _Bands(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(batch, bands, time): each band with its neighbours, taken as patches as long as the clip (FullSubNet)."""
+        batch, bands, time = x.shape
+        patches = F.unfold(x[:, None], (3, time), padding=(1, 0)).reshape(batch, 3, time, bands)
+        return patches.permute(0, 3, 1, 2).reshape(batch, bands * 3, time)

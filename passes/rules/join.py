@@ -10,6 +10,7 @@ from torch import fx, nn
 from ..errors import NonLocal
 from ..layout import Dim, dim
 from ..registry import Call, Fact, Head, InClip, Sample, Tail, note, overloads, rule
+from ..schedule import Taps
 from ..stream_graph import Constant, Mirror, Value, read
 
 aten = torch.ops.aten
@@ -91,8 +92,9 @@ def beside(call: Call, nodes: list[fx.Node]) -> Value:
     length = lambda frames: frames + left + right  # noqa: E731
     others = [call.facts[n] for n in nodes if n is not streams[0]]
     if any(isinstance(f, (Head, Tail)) for f in others):
-        call.require(all(_is_edge(f, x, i < at) for i, f in enumerate(others)), "frames of the clip are put elsewhere")
-        return call.view(x, -left, length, Mirror("replicate", right))
+        if all(_is_edge(f, x, i < at) for i, f in enumerate(others)):
+            return call.view(x, -left, length, Mirror("replicate", right))
+        return _with_frames(call, nodes, x, at, left, right)
     fills = {_number(n) for n in nodes if n is not streams[0]}
     if len(fills) == 1 and None not in fills:
         return call.view(x, -left, length, Constant(float(fills.pop() or 0.0)))
@@ -114,6 +116,48 @@ def beside(call: Call, nodes: list[fx.Node]) -> Value:
     return call.emit(x.layout, [over], length_of=[moved], lower=lower, indexed=True, padded=True, nodes=[streams[0]])
 
 
+def _with_frames(call: Call, nodes: list[fx.Node], x: Value, at: int, left: int, right: int) -> Value:
+    """A stream with the first frames of streams before it and the last ones of streams behind it."""
+    time = x.layout.time
+    length = lambda frames: frames + left + right  # noqa: E731
+    over = read(call.view(x, -left, length, Constant(0.0)))
+    reads, places, place = [over], [], 0  # of each part: where it begins, from the front or behind the stream
+    for i, n in enumerate(nodes):
+        size, fact = n.meta["val"].shape[time], call.facts[n]
+        if i == at:
+            place = 0
+            continue
+        call.require(isinstance(fact, Head if i < at else Tail), "frames of the clip are put elsewhere")
+        source = call.ungroup(fact.of)
+        plain = fact.times == 1 and not getattr(fact, "squeeze", False)
+        call.require(plain and source.rate == x.rate, "frames of another clock are put before or behind a stream")
+        call.require(source.layout == x.layout, "frames of another shape are put before or behind a stream")
+        first = 0
+        if i > at:
+            more = {n - m for n, m in zip(source.lengths, x.lengths, strict=True)}
+            call.require(len(more) == 1, "its arguments have different lengths in time")
+            first = more.pop() - fact.first - left
+        reads.append(read(source, Taps(1, 1, first - place, first - place), fill=0.0))
+        places.append((i < at, place, size))
+        place += size
+
+    def lower(b: Any, op: Any, windows: Any, span: range, _: Any) -> Any:
+        if not b.masked:
+            return windows[0].node
+        index = b.indices(op, span)
+        behind = b.aten("sub.Tensor", index, b.length(x, left))
+        chosen = windows[1].node
+        for (front, start, _size), window in zip(places[1:], windows[2:], strict=True):
+            here = b.aten("ge.Scalar", index if front else behind, start)
+            chosen = b.aten("where.self", b.along_time(here, x.layout), window.node, chosen)
+        return b.where_inside(over, windows[0], chosen, x.layout)
+
+    return call.emit(
+        x.layout, reads, rate=x.rate, length_of=[x], length=length, lower=lower, indexed=True, padded=True,
+        nodes=[nodes[at], *(n for i, n in enumerate(nodes) if i != at)], masked_until=left,
+    )  # fmt: skip
+
+
 def _is_edge(fact: Fact, x: Value, before: bool) -> bool:
     """Whether a frame put before (or after) a stream is its own first (or last) one."""
     own = isinstance(fact, Head) if before else isinstance(fact, Tail) and not fact.squeeze
@@ -125,7 +169,18 @@ def _number(node: fx.Node) -> float | None:
     return float(node.args[1]) if node.target is aten.full.default else None  # type: ignore[arg-type]
 
 
-SAMPLES = [Sample("stack_and_cat", lambda: _Joined(), (2, 3, 9), output_time_dim=3)]
+SAMPLES = [
+    Sample("stack_and_cat", lambda: _Joined(), (2, 3, 9), output_time_dim=3),
+    Sample("frames_before_and_behind", lambda: _Differences(), (2, 3, 9), lag=3),
+]
+
+
+class _Differences(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(batch, channels, time): differences of neighbours, with frames themselves at the ends."""
+        before = torch.cat([x[..., :1], x[..., 1:] - 0.9 * x[..., :-1]], -1)
+        behind = torch.cat([x[..., :-2] - x[..., 2:], x[..., -2:]], -1)
+        return before * torch.cat([x.exp()[..., :2], behind[..., :-4], x.cos()[..., -2:]], -1)
 
 
 class _Joined(nn.Module):

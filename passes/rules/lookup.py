@@ -6,9 +6,10 @@ from typing import Any
 
 import torch
 from torch import fx, nn
+from torch.nn import functional as F
 
-from ..layout import Dim, Layout
-from ..registry import Call, Fact, Sample, Static, lower_call, rule
+from ..layout import Dim, Layout, dim
+from ..registry import Call, Fact, Sample, Static, lower_call, overloads, rule
 from ..stream_graph import Op, Value, Window, read
 
 aten = torch.ops.aten
@@ -128,7 +129,66 @@ def gather(call: Call) -> Fact:
     return call.framewise(at.layout, [x, at])
 
 
+@rule(*overloads("scatter.value scatter.src scatter_add.default scatter_reduce.two"))
+def scatter(call: Call) -> Fact:
+    """``out[i, index[i, j]] = src[i, j]``: within frames."""
+    x, at, src = call.stream("self"), call.stream("index"), call.samples[0].get("src")
+    call.require(src is None or isinstance(call.facts[src], Value), "its source does not depend on time but others do")
+    nodes = [n for n in (call.samples[0]["self"], call.samples[0]["index"], src) if n is not None]
+    values = [call.facts[n] for n in nodes]
+    if len({v.layout[v.layout.time] for v in values}) > 1:
+        values = [call.ungroup(v) for v in values]
+    x, at = values[:2]
+    call.require(len({v.layout.time for v in values}) == 1, "time lies in different dimensions of its arguments")
+    axis = call.arg("dim") % len(x.layout)
+    call.require(axis != x.layout.time, "frames are written at indices that depend on the data")
+    size = call.out_sizes[axis][0]
+    call.require(len({(v.rate, v.lengths) for v in values}) == 1, "its arguments have different lengths in time")
+
+    def lower(b: Any, op: Op, windows: list[Window], span: range, carries: Any) -> Any:
+        if b.masked:  # of frames that do not exist indices may be anything
+            fitting = b.aten("clamp.default", windows[1].node, 0, size - 1)
+            windows = [windows[0], Window(fitting, windows[1].start, windows[1].stop), *windows[2:]]
+        return lower_call(b, op, windows, span, carries)
+
+    return call.emit(x.layout, [read(v) for v in values], length_of=[x], lower=lower, nodes=nodes)
+
+
+@rule(*overloads("bucketize.Tensor searchsorted.Tensor"))
+def bucketize(call: Call) -> Fact:
+    """Between which boundaries each entry lies."""
+    limits: Any = call.samples[0].get("boundaries", call.samples[0].get("sorted_sequence"))
+    one = isinstance(call.fact(limits), Static) and limits.meta["val"].dim() == 1
+    call.require(one and call.samples[0].get("sorter") is None, "boundaries for each frame")
+    return call.framewise(call.stream("input" if "input" in call.samples[0] else "self").layout)
+
+
+@rule(*overloads("grid_sampler.default grid_sampler_2d.default grid_sampler_3d.default"))
+def grid_sample(call: Call) -> Fact:
+    """Pictures read at places: each picture of a batch that holds the frames by itself."""
+    call.require(all(v.layout.time == 0 for v in call.streams), "frames are read at places that depend on the data")
+    call.require(len(call.streams) == 2, "the same pictures, or the same places, for all frames")
+    call.require(len({v.layout[0] for v in call.streams}) == 1, "time is folded differently in its arguments")
+    return call.framewise(Layout((call.streams[0].layout[0], *(dim(s[0]) for s in call.out_sizes[1:]))))
+
+
+@rule(*overloads("affine_grid_generator.default"))
+def affine_grid(call: Call) -> Fact:
+    """The places of an affine map of a picture, for each of a batch that holds the frames."""
+    x = call.stream("theta")
+    call.require(x.layout.time == 0, "time lies in the maps")
+    layout = Layout((x.layout[0], *(dim(s[0]) for s in call.out_sizes[1:])))
+    size = list(call.samples[0]["size"])[1:]
+
+    def lower(b: Any, op: Op, windows: list[Window], span: range, _: Any) -> Any:
+        return b.call(op, windows, size=[b.sizes(layout, len(span))[0], *size])
+
+    return call.framewise(layout, [x], lower)
+
+
 SAMPLES = [
+    Sample("written", lambda: _Written(), (2, 4, 9)),
+    Sample("warped", lambda: _Warped(), (2, 9, 3, 4, 4), 1),
     Sample("table", lambda: _Table(), (2, 9, 3), 1),
     Sample("chosen_channels", lambda: _Chosen(), (2, 4, 9)),
 ]
@@ -153,3 +213,22 @@ class _Chosen(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(batch, 4, time): some channels, in another order."""
         return x[:, [2, 0, 3]] + x[:, torch.tensor([1, 1, 2])]
+
+
+class _Written(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(batch, 4, time): the two largest channels kept, added up by levels, and a class for the largest."""
+        best, at = x.topk(2, dim=1)
+        kept = torch.zeros_like(x).scatter(1, at, best) + x.scatter(1, at, 0.5)
+        levels = torch.bucketize(x.contiguous(), torch.tensor([-0.5, 0.0, 0.5]))
+        added = torch.zeros_like(x).scatter_add(1, levels, x)
+        return kept + added + F.one_hot(x.argmax(1), 4).transpose(1, 2)
+
+
+class _Warped(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(batch, time, 3, height, width): each picture turned by its own means."""
+        flat = x.flatten(0, 1)
+        turn = flat.mean((2, 3)).repeat(1, 2).view(-1, 2, 3) + torch.eye(2, 3)
+        grid = F.affine_grid(turn, list(flat.shape), align_corners=False)
+        return F.grid_sample(flat, grid, align_corners=False).view_as(x)

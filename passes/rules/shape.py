@@ -162,7 +162,8 @@ def _folded(call: Call, wanted: Sizes) -> tuple[Value, Length, Dim] | None:
                 return value, lambda n: n, value.layout[value.layout.time]
     if len(set(call.graph.batch)) > 1 and not any(w % b for w, b in zip(wanted, call.graph.batch, strict=True)):
         frames = tuple(w // b for w, b in zip(wanted, call.graph.batch, strict=True))
-        return (*call.length_like(frames), (BATCH, TIME))
+        if len(set(zip(call.graph.ticks, frames, strict=True))) == len(set(call.graph.ticks)):  # whatever the batch
+            return (*call.length_like(frames), (BATCH, TIME))
     return None
 
 

@@ -134,6 +134,12 @@ def view_as_complex(call: Call) -> Fact:
     return call.framewise(x.layout.replace(last))
 
 
+@rule(*overloads("real.default imag.default _conj.default conj.default"))
+def part(call: Call) -> Fact:
+    """The real or imaginary part of complex numbers, or their conjugates."""
+    return call.framewise(call.stream("self").layout)
+
+
 SAMPLES = [
     Sample("stft", lambda: _Spectrogram(False), (2, 40), 1, output_time_dim=2),
     Sample("stft_centred", lambda: _Spectrogram(True), (2, 40), 1, output_time_dim=2, lag=8),
@@ -141,6 +147,7 @@ SAMPLES = [
     Sample("istft_uncentred", lambda: _Back(False), (2, 10, 6), 1),
     Sample("fourier", lambda: _Frequencies(), (2, 9, 6), 1),
     Sample("complex", lambda: _Complex(), (2, 9, 3, 2), 1),
+    Sample("complex_parts", lambda: _Parts(), (2, 9, 4), 1),
 ]
 
 
@@ -184,3 +191,10 @@ class _Complex(nn.Module):
         """(batch, time, channels, 2): squared as complex numbers, from memory that is not contiguous."""
         z = torch.view_as_complex(x.transpose(2, 3).contiguous().transpose(2, 3).contiguous())
         return torch.view_as_real(z * z)
+
+
+class _Parts(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(batch, time, 4): a spectrum turned by positions, its parts put side by side."""
+        spectra = torch.fft.rfft(x, dim=2) * torch.exp(1j * torch.arange(x.shape[1]))[:, None]
+        return torch.cat([spectra.real, spectra.imag, (spectra * spectra.conj()).real], 2)

@@ -1,39 +1,31 @@
-"""Code generation: the program of a step in mid-stream for backends other than torch's own kernels.
+"""Code generation: the program of a step in mid-stream as a session of ONNX Runtime.
 
-Each takes the graph that `lower.py` and `frames.py` leave, without the kernels of `kernels.py`.
+It is made of the graph that `lower.py` and `frames.py` leave, without the kernels of `kernels.py`.
 """
 
 from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import fx, nn
 
 from ...runtime.errors import InputError
+from ...runtime.program import Made, Passed
 from .channels import pad_channels
 from .lower import shapes_of
 from .onnx import LARGEST, OPSET, onnx_model
+
+aten = torch.ops.aten
 
 if TYPE_CHECKING:
     import onnxruntime as ort
 
     from ...runtime.resident import SessionProgram
     from ..pipeline import Plan
-
-
-def compile_inductor(graph: fx.Graph, tensors: Mapping[str, torch.Tensor]) -> Callable[..., Any]:
-    """A program as `torch.compile` makes it, its tensors frozen: compiled when it is first called, for those shapes."""
-    compiled = torch.compile(_module(graph, tensors), dynamic=False, options={"freezing": True})
-
-    def run(*arguments: torch.Tensor) -> Any:
-        with torch.no_grad():
-            return compiled(*arguments)
-
-    return run
 
 
 def compile_session(
@@ -59,7 +51,7 @@ def compile_session(
         InputError: ONNX Runtime has no kernel for an op, or no arrays of a type.
         ImportError: onnxruntime, onnx or onnxscript is not installed.
     """
-    from ...runtime.resident import Made, Passed, SessionProgram
+    from ...runtime.resident import SessionProgram
 
     copy, tensors = fx.Graph(), dict(tensors)
     copy.output(copy.graph_copy(graph, {}))
@@ -68,22 +60,11 @@ def compile_session(
     channels = pad_channels(copy, sizes, tensors, parts) if alone else {}
     kept = zip(parts, arguments[frames:], strict=True)
     given = [*arguments[:frames], *(_with_channels(x, channels.get(n)) for n, x in kept)]
-    returned: Any = copy.output_node().args[0]
-    outputs, after = returned
-    copy.erase_node(copy.output_node())
-    made: list[fx.Node] = []
-
-    def output(node: fx.Node) -> Made:
-        made.append(copy.call_function(torch.ops.aten.clone.default, (node,)) if node in made else node)
-        return Made(len(made) - 1)
-
-    results = tuple(None if y is None else output(y) for y in outputs)
-    sources = tuple(Passed(parts.index(s)) if s in parts else output(s) for s in after)
+    results, sources = split_results(copy, parts)
     rooms = tuple(tuple(x.shape) for x in given[frames:])
-    if not made:
+    if not copy.output_node().args[0]:
         return SessionProgram(None, results, sources, rooms)
-    copy.output(tuple(made))
-    model = onnx_model(plan, _module(copy, tensors), given, opset_version=OPSET)
+    model = onnx_model(plan, as_module(copy, tensors), given, opset_version=OPSET)
     return SessionProgram(_session(model), results, sources, rooms)
 
 
@@ -113,7 +94,32 @@ def _with_channels(frame: torch.Tensor, channels: int | None) -> torch.Tensor:
     return frame if channels is None else frame.new_zeros(frame.shape[0], channels, *frame.shape[2:])
 
 
-def _module(graph: fx.Graph, tensors: Mapping[str, torch.Tensor]) -> fx.GraphModule:
+def split_results(
+    graph: fx.Graph, parts: Sequence[fx.Node]
+) -> tuple[tuple[Made | None, ...], tuple[Made | Passed, ...]]:
+    """Make a program return only what it computes, each thing once; give where its outputs and its state after it are.
+
+    Args:
+        graph: ``(..., parts...) -> (outputs, parts after)``; it is changed, to return one tuple.
+        parts: its arguments that are parts of the state.
+    """
+    last = graph.output_node()
+    returned: Any = last.args[0]
+    made: list[fx.Node] = []
+
+    def output(node: fx.Node) -> Made:
+        with graph.inserting_before(last):
+            made.append(graph.call_function(aten.clone.default, (node,)) if node in made else node)
+        return Made(len(made) - 1)
+
+    results = tuple(None if y is None else output(y) for y in returned[0])
+    after = tuple(Passed(parts.index(s)) if s in parts else output(s) for s in returned[1])
+    last.args = (tuple(made),)
+    return results, after
+
+
+def as_module(graph: fx.Graph, tensors: Mapping[str, torch.Tensor]) -> fx.GraphModule:
+    """A program as a module that has its tensors as buffers."""
     root = nn.Module()
     for name in {str(n.target) for n in graph.nodes if n.op == "get_attr"}:
         root.register_buffer(name, tensors[name].detach(), persistent=False)
