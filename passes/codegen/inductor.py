@@ -44,7 +44,7 @@ def compile_inductor(
     copy = fx.Graph()
     copy.output(copy.graph_copy(graph, {}))
     held = {name: t.detach() for name, t in tensors.items()}
-    sizes = shapes_of(copy, held, [(tuple(x.shape), x.dtype) for x in arguments], arguments[0].device)
+    sizes = shapes_of(copy, held, [(tuple(x.shape), x.dtype) for x in arguments])
     loops = _Loops(copy, sizes, held)
     given = [n for n in copy.nodes if n.op == "placeholder"]
     results, after = split_results(copy, given[frames:])
