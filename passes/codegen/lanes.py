@@ -30,8 +30,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.node import map_arg
 from torch.utils import _pytree as pytree
 
+from ...runtime.errors import InputError
 from ...runtime.program import Program, StateSpec
 from ..canonicalize import bind
+from ..errors import user_frame
 from ..layout import BATCH, Layout
 from ..schedule_delays import Schedule
 from ..symbolic_recurrence import LAYERS
@@ -673,12 +675,27 @@ class _Build:
         if key not in self.traces:
             filled = [here.get(i, a) for i, a in enumerate(flat)]
             at = dict(zip(tensors, places, strict=True))
-            self.traces[key] = trace_vmapped(self.fake, node.target, filled, spec, at, targets)
+            try:
+                self.traces[key] = trace_vmapped(self.fake, node.target, filled, spec, at, targets)
+            except RuntimeError as error:
+                if "Batching rule not implemented" in str(error):
+                    raise self._refusal(node) from error
+                raise
         traced, slopes = self.traces[key]
         arguments = [self.env[flat[i]] for i in tensors]
         results = self._inline(traced, slopes, arguments)
         self.env[node] = results[0] if isinstance(leaves, list) and out_spec.is_leaf() else results
         self.places[node] = targets[0] if out_spec.is_leaf() else targets
+
+    def _refusal(self, node: fx.Node) -> InputError:
+        """That an op cannot be run for all lanes at once."""
+        timing = node.meta.get("cofx")
+        line = user_frame(timing.value.node) if timing is not None else "(unknown line)"
+        return InputError(
+            f"this model has no lanes: {node.target} mixes what lies in its batch, and torch.vmap has no rule for it\n"
+            f"    at      {line}\n"
+            "    try     a step model for each stream (copy.deepcopy), called without start, ready and length"
+        )
 
     def _leaf_places(self, node: fx.Node) -> list[Place]:
         two, three = (pytree.tree_leaves(self.measured[b][node]) for b in (2, 3))
