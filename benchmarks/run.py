@@ -2,13 +2,17 @@
 
 ::
 
-    python benchmarks/run.py                        # W1 to W5, writes benchmarks/results/run.json
+    python benchmarks/run.py                        # W1 to W5, writes benchmarks/results/run.{json,md,svg}
+    python benchmarks/run.py --batch 1 8            # at both batch sizes
     python benchmarks/run.py --small x3d tcn        # small sizes; some of them
     python benchmarks/run.py --before DIR           # and the cofx of another checkout, for a change's before and after
 
 Every variant runs blocks of whole periods in turn, on one thread, without gradients; the table has the median CPU time
 per input frame over the blocks. A model is checked before it is timed: `step.verify` against the offline model, other
-backends against the first, and continual-inference's outputs where it computes the same function.
+backends against the first, and continual-inference's outputs where it computes the same function. The column ``limit``
+is what the convolutions and products of a step take alone, on inputs that lie ready (`limit.py`).
+
+`python benchmarks/readme.py` puts the numbers into README.md.
 """
 
 from __future__ import annotations
@@ -34,6 +38,7 @@ import cofx
 import cofx.backends
 
 sys.path.insert(0, str(Path(__file__).parent))
+from limit import limit
 from workloads import Workload, workloads
 
 RESULTS = Path(__file__).parent / "results" / "run.json"
@@ -79,6 +84,7 @@ def cofx_variants(
             worst = step.verify(clip).difference
             row |= {"exact": worst <= CLOSE * largest, "worst": worst, "largest": largest, "period": period}
             row |= {"equivalence": step.equivalence, "state_bytes": step.report().state_bytes}
+            eager = step
         warm = max(3 * len(frames), getattr(step.compiled, "steady_from", 0) + len(frames))
         warm += -warm % period
         last = [step.forward_step(frames[i % len(frames)]) for i in range(warm)][-2 * len(frames) :]
@@ -92,6 +98,8 @@ def cofx_variants(
                 chunk = torch.stack([frames[i % len(frames)] for i in range(take)], load.time_dim)
                 step.forward_steps(chunk, update_state=False)
                 variants[f"chunks of {take}"] = lambda step=step, chunk=chunk: step.forward_steps(chunk), take
+    if package is cofx:
+        row["limit"] = {"us": round(limit(eager, [x.contiguous() for x in frames[:1]]) * 1e6, 1)}
     return variants
 
 
@@ -129,19 +137,25 @@ def continual_variant(load: Workload, clip: torch.Tensor, period: int, row: dict
         net.clean_state()
     for x in [*frames, *frames]:
         net.forward_step(x)
-    place = [0]
-
-    def block() -> None:
-        for _ in range(period):
-            net.forward_step(frames[place[0] % len(frames)])
-            place[0] += 1
-
-    return block
+    row["continual_state_bytes"] = kept_bytes(net)
+    return _steps(net, frames, period)
 
 
-def measure(load: Workload, rounds: int, before: Any, backends: Sequence[str], chunks: Sequence[int]) -> dict[str, Any]:
+def kept_bytes(net: torch.nn.Module) -> int:
+    """Bytes of the tensors that a module of continual-inference has taken up beside its parameters and buffers."""
+    kept = {}
+    for m in net.modules():
+        for name, value in vars(m).items():
+            if name not in ("_parameters", "_buffers", "_modules"):
+                kept |= {id(t): t.nbytes for t in tree_leaves(value) if isinstance(t, torch.Tensor)}
+    return sum(kept.values()) - sum(p.nbytes for p in net.parameters() if id(p) in kept)
+
+
+def measure(
+    load: Workload, batch: int, rounds: int, before: Any, backends: Sequence[str], chunks: Sequence[int]
+) -> dict[str, Any]:
     """A row of the table."""
-    row: dict[str, Any] = {"workload": load.name, "clip": list(load.clip)}
+    row: dict[str, Any] = {"workload": load.name, "clip": list(load.clip), "batch": batch}
     torch.manual_seed(0)
     load.model.eval()
     for m in load.model.modules():  # statistics that are not those of a fresh layer
@@ -188,7 +202,7 @@ def table(rows: list[dict[str, Any]]) -> str:
     """The rows in Markdown: microseconds per frame; in brackets how many times faster than continual-inference."""
     names = list(dict.fromkeys(n for r in rows for n in r["variants"]))
     names.sort(key=lambda n: (n not in ("offline", "continual"), n.startswith("chunks"), len(n)))
-    heads = ["workload", "clip", "exact", *names, "state bytes"]
+    heads = ["workload", "clip", "exact", *names, "limit", "state bytes", "continual's"]
     lines = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
     for r in rows:
         cells = []
@@ -197,16 +211,47 @@ def table(rows: list[dict[str, Any]]) -> str:
             cells.append("-" if n not in r else f"{r[n]['us']:,.0f}" + (f" ({ratio:.1f}x)" if ratio else ""))
         exact = "yes" if r["exact"] and all(v for k, v in r.items() if k.startswith("same ")) else "NO"
         size = "x".join(map(str, r["clip"]))
-        lines.append(f"| {r['workload']} | {size} | {exact} | " + " | ".join(cells) + f" | {r['state_bytes']:,} |")
-    best = [
-        max(v for n, v in r["over continual"].items() if n in cofx.backends.BACKENDS)
-        for r in rows
-        if "over continual" in r
-    ]
-    if best:
-        lines += ["", f"Best backend over continual-inference, geometric mean of {len(best)} rows: "
-                      f"{statistics.geometric_mean(best):.1f}x."]  # fmt: skip
+        theirs = r.get("continual_state_bytes")
+        cells += [f"{r['limit']['us']:,.0f}" if "limit" in r else "-", f"{r['state_bytes']:,}"]
+        cells.append(f"{theirs:,}" if theirs else "-")
+        lines.append(f"| {r['workload']} | {size} | {exact} | " + " | ".join(cells) + " |")
+    for batch in sorted({r.get("batch", 1) for r in rows}):
+        found = [r for r in rows if r.get("batch", 1) == batch and "over continual" in r]
+        if found:
+            ratio = statistics.geometric_mean(map(best, found))
+            lines += ["", f"Best backend over continual-inference, batch {batch}, geometric mean of {len(found)} rows: "
+                          f"{ratio:.1f}x."]  # fmt: skip
+    kept = [r["state_bytes"] / r["continual_state_bytes"] for r in rows if r.get("continual_state_bytes")]
+    if kept:
+        lines += ["", f"State over continual-inference's, geometric mean: {statistics.geometric_mean(kept):.2f}."]
     return "\n".join(lines)
+
+
+def best(row: dict[str, Any]) -> float:
+    """How many times faster than continual-inference a row's fastest backend is."""
+    return max(v for n, v in row["over continual"].items() if n in cofx.backends.BACKENDS)
+
+
+def plot(rows: list[dict[str, Any]], path: Path) -> None:
+    """A picture of the rows that continual-inference has: how many times faster than it each variant is."""
+    import matplotlib
+
+    matplotlib.use("svg")
+    from matplotlib import pyplot
+
+    rows = [r for r in rows if "over continual" in r]
+    names = list(dict.fromkeys(n for r in rows for n in r["variants"] if n != "continual"))
+    figure, axes = pyplot.subplots(figsize=(10, 4.5))
+    for i, n in enumerate(names):
+        at = [j + 0.8 * (i - (len(names) - 1) / 2) / len(names) for j, r in enumerate(rows) if n in r["over continual"]]
+        axes.bar(at, [r["over continual"][n] for r in rows if n in r["over continual"]], 0.8 / len(names), label=n)
+    axes.set_xticks(range(len(rows)), [f"{r['workload']}\nbatch {r.get('batch', 1)}" for r in rows], fontsize=8)
+    axes.set_yscale("log")
+    axes.axhline(1, color="black", linewidth=0.8)
+    axes.set_ylabel("times faster than continual-inference")
+    axes.legend(fontsize=8, ncols=4)
+    figure.tight_layout()
+    figure.savefig(path, metadata={"Date": None})
 
 
 def main() -> None:
@@ -215,7 +260,9 @@ def main() -> None:
     parser.add_argument("names", nargs="*", help="x3d slow stgcn tcn dilated dscnn encoder; default all")
     parser.add_argument("--small", action="store_true", help="smaller pictures, windows and widths")
     parser.add_argument("--batch", type=int, nargs="+", default=[1])
-    parser.add_argument("--backends", nargs="+", default=["eager", "onnxruntime"], choices=cofx.backends.BACKENDS)
+    parser.add_argument(
+        "--backends", nargs="+", default=["eager", "onnxruntime", "inductor"], choices=cofx.backends.BACKENDS
+    )
     parser.add_argument("--chunks", type=int, nargs="*", default=[4, 16], help="frames per call of forward_steps")
     parser.add_argument("--rounds", type=int, default=31)
     parser.add_argument("--before", type=Path, help="another checkout, timed beside this one")
@@ -229,7 +276,7 @@ def main() -> None:
     for batch in given.batch:
         makers = workloads(given.small, batch)
         for name in given.names or makers:
-            rows.append(measure(makers[name](), given.rounds, before, given.backends, given.chunks))
+            rows.append(measure(makers[name](), batch, given.rounds, before, given.backends, given.chunks))
             print(json.dumps(rows[-1]), flush=True)
     print(table(rows))
     output = given.output or (None if given.names or given.small else RESULTS)
@@ -246,6 +293,7 @@ def main() -> None:
             f"CPU time per input frame in microseconds, median of blocks run in turn ({text}); in brackets how many "
             f"times faster than continual-inference. `python benchmarks/run.py` writes this.\n\n{table(rows)}\n"
         )
+        plot(rows, output.with_suffix(".svg"))
 
 
 if __name__ == "__main__":
