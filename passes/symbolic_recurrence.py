@@ -16,6 +16,8 @@ from torch._C import DispatchKey
 
 aten = torch.ops.aten
 
+LAYERS = aten.lstm.input, aten.gru.input, aten.rnn_tanh.input, aten.rnn_relu.input
+
 
 def _lstm(x: torch.Tensor, hx: list[torch.Tensor], params: Any, biases: bool, layers: int, dropout: float,
           train: bool, bidirectional: bool, batch_first: bool) -> tuple[torch.Tensor, ...]:  # fmt: skip

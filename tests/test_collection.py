@@ -1,15 +1,18 @@
-"""Every net of the collection meets the contract."""
+"""Every net of the collection meets the contract, does no work twice and keeps its size."""
 
 import functools
 import warnings
 
 import pytest
+import torch
 
 from contract import CHECKS, compile_case, run_check
 from models import SAMPLES, Sample
 from streaming import Case
+from work import check_state_size, check_work
 
 NAMES = {sample.name: sample for sample in SAMPLES}
+FURTHER = {"state_size": check_state_size, "work": check_work}
 FIRST_CLIPS = [sample for sample in SAMPLES if sample.kind == "first-clip"]
 
 
@@ -20,10 +23,20 @@ def compiled(name: str) -> Case:
         return compile_case(NAMES[name])
 
 
-@pytest.mark.parametrize("check", CHECKS)
-@pytest.mark.parametrize("sample", SAMPLES, ids=lambda sample: sample.name)
+def checks(sample: Sample) -> list[str]:
+    """What is checked of a net; of one that is evaluated on whole clips not how much work that is."""
+    return [*CHECKS, *FURTHER] if sample.kind == "stream" else [*CHECKS, "state_size"]
+
+
+@pytest.mark.parametrize(
+    "sample, check", [pytest.param(s, check, id=f"{s.name}-{check}") for s in SAMPLES for check in checks(s)]
+)
 def test_contract(sample: Sample, check: str) -> None:
-    run_check(compiled(sample.name), check)
+    case = compiled(sample.name)
+    if check in CHECKS:
+        return run_check(case, check)
+    with torch.no_grad():
+        FURTHER[check](case)
 
 
 @pytest.mark.parametrize("sample", FIRST_CLIPS, ids=lambda sample: sample.name)

@@ -15,7 +15,7 @@ def all_large(monkeypatch):
     monkeypatch.setattr(graph_module, "_large", lambda value: True)
 
 
-@pytest.mark.parametrize("sample", spread(3))
+@pytest.mark.parametrize("sample", spread(5))
 def test_collection(sample, all_large):
     case = compile_case(sample)
     for check in ("steps", "purity", "snapshot", "aliasing"):

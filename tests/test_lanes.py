@@ -6,8 +6,9 @@ import pytest
 import torch
 
 import cofx
+from cofx.passes.codegen import lanes as lane_programs
 from lane_streams import Batch, step_call
-from models import Sample, batched
+from models import SAMPLES, Sample, batched
 from shaken import FailsAt
 
 BATCHED = batched(6)
@@ -261,6 +262,17 @@ def test_without_a_batch_dimension() -> None:
         assert y.shape == (2,) and valid.shape == (1,)
         out += [y] if valid.all() else []
     torch.testing.assert_close(torch.stack(out, 1), step.model(X[0, :, :10]))
+
+
+def test_an_op_that_cannot_run_for_all_lanes_is_named(monkeypatch) -> None:
+    """A layer among joints, as if nothing were known of it."""
+    sample = next(s for s in SAMPLES if s.name == "recurrent_of_each_joint")
+    monkeypatch.setattr(lane_programs, "LAYERS", ())
+    clip = sample.inputs(8)[0]
+    step = cofx.compile(sample.model(), clip)
+    with pytest.raises(cofx.InputError, match=r"aten.lstm.input mixes(.|\n)*recurrent.py:\d+ in forward:  rows = self"):
+        step.forward_step(clip[:, :, 0], start=[True, True])
+    assert step.forward_step(clip[:, :, 0]) is not None
 
 
 def test_gradients_stay_in_their_lane() -> None:

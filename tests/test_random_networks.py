@@ -14,7 +14,7 @@ from contract import check_contract, compile_case, run_check
 from models import Sample
 from oracle import Oracle
 from random_networks import networks, period
-from test_streams import SPAN, check_work
+from work import SPAN, check_work
 
 SEARCH = int(os.environ.get("COFX_EXAMPLES", "0"))
 CHECKS: tuple[str, ...] = ("offline", "steps", "chunks", "flush", "poison")

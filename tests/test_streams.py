@@ -1,98 +1,24 @@
-"""That it streams: no work is done twice, and the state stays as large as it was.
-
-A step model that keeps all frames and runs the whole net again would pass every check of the contract.
-"""
+"""The checks of work and state find what recomputes everything; programs do not grow. See test_collection.py, too."""
 
 from collections.abc import Callable
 
 import pytest
 import torch
-from torch.utils.flop_counter import FlopCounterMode
 
 from cofx.passes.codegen.graph_module import Key
-from models import SAMPLES, Sample
+from contract import compile_case
+from models import SAMPLES
 from oracle import Oracle
-from streaming import Case, require
-from test_collection import compiled
+from streaming import Case
+from work import check_state_size, check_work
 
-SPAN = 60  # steps: a multiple of every period in the collection
-STREAMS = [sample for sample in SAMPLES if sample.kind == "stream"]
-WINDOWS = [sample for sample in SAMPLES if sample.kind != "stream"]
-
-
-def warm_up(case: Case) -> int:
-    """Steps until every output flows, in whole lengths of the net."""
-    finite = [output.receptive_field for output in case.step.outputs if output.receptive_field < SPAN]
-    return case.sample.whole(int(max([case.sample.clip_length, *finite])) + 1)
-
-
-def offline_work(case: Case, steps: int) -> int:
-    """Operations of the module for a clip; the fused attention is switched off, since the counter does not know it."""
-    fast = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        with FlopCounterMode(display=False) as counter:
-            case.model(*case.sample.inputs(steps))
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fast)
-    return counter.get_total_flops()
-
-
-def check_work(case: Case) -> None:
-    """Operations per step, averaged over whole periods past the warm-up, are at most the offline net's per step.
-
-    What depends on a condition alone is allowed once per step: each step may bring another.
-    """
-    start = warm_up(case)
-    short, long = offline_work(case, start + SPAN), offline_work(case, start + 2 * SPAN)
-    offline = long - short
-    if None in case.sample.time_dims:
-        offline += SPAN * short - (start + SPAN) * (long - short)
-    run = case.run(case.sample.inputs(start + SPAN)).steps_to(start)
-    with FlopCounterMode(display=False) as counter:
-        run.steps_to(start + SPAN)
-    stepping = counter.get_total_flops()
-    require(stepping <= offline, f"{stepping / SPAN:.1f} operations per step, offline {offline / SPAN:.1f}")
-
-
-def check_state_size(case: Case, steps: int = 40) -> None:
-    """Names, shapes and types of the state are those after the first step.
-
-    Where everything that came before is needed, the state holds at most half as much again as was taken.
-    """
-    grows = case.sample.grows
-
-    def sizes() -> dict[str, tuple[torch.Size | int, torch.dtype]]:
-        state = case.step.get_state()
-        return {name: (tensor.dim() if grows else tensor.shape, tensor.dtype) for name, tensor in state.items()}
-
-    run = case.run(case.sample.inputs(steps)).steps_to(1)
-    first = sizes()
-    while run.position < steps:
-        run.forward_step()
-        require(sizes() == first, f"the state is {sizes()} after step {run.position}, {first} after the first")
-        longest = max([0, *(size for tensor in case.step.get_state().values() for size in tensor.shape)])
-        room = max(16, 1.5 * run.position)
-        require(not grows or longest <= room, f"the state holds {longest} frames after step {run.position}")
-
-
-@pytest.mark.parametrize("check", [check_work, check_state_size])
-@pytest.mark.parametrize("sample", STREAMS, ids=lambda sample: sample.name)
-@torch.no_grad()
-def test_streams_in_constant_space_without_double_work(sample: Sample, check: Callable[[Case], None]) -> None:
-    check(compiled(sample.name))
-
-
-@pytest.mark.parametrize("sample", WINDOWS, ids=lambda sample: sample.name)
-@torch.no_grad()
-def test_windows_keep_their_size(sample: Sample) -> None:
-    check_state_size(compiled(sample.name))
+NAMES = {sample.name: sample for sample in SAMPLES}
 
 
 @pytest.mark.parametrize("check", [check_work, check_state_size])
 @torch.no_grad()
 def test_recomputing_everything_is_found(check: Callable[[Case], None]) -> None:
-    sample = next(sample for sample in STREAMS if sample.name == "conv1d_valid")
+    sample = NAMES["conv1d_valid"]
     with pytest.raises(AssertionError):
         check(Case(sample, Oracle(sample), sample.model()))
 
@@ -101,7 +27,7 @@ def test_recomputing_everything_is_found(check: Callable[[Case], None]) -> None:
 @torch.no_grad()
 def test_programs_do_not_grow_with_chunk_or_batch(name: str) -> None:
     """A chunk is one program of the same size, however long; a step's does not depend on the batch."""
-    model = compiled(name).step.compiled
+    model = compile_case(NAMES[name]).step.compiled
     period = model.plan.schedule.period
     assert len({len(model.program(Key(0, period * n)).module.graph.nodes) for n in (8, 9, 32, 100)}) == 1
     assert model.open_batch

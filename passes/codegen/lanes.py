@@ -30,9 +30,13 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.node import map_arg
 from torch.utils import _pytree as pytree
 
+from ...runtime.errors import InputError
 from ...runtime.program import Program, StateSpec
+from ..canonicalize import bind
+from ..errors import user_frame
 from ..layout import BATCH, Layout
 from ..schedule_delays import Schedule
+from ..symbolic_recurrence import LAYERS
 from .flat import flatten
 from .graph_module import FOREVER, Key, generate, state_specs
 from .lane_states import POSITION, around_batch, lane_schedule, lane_shape, lane_state_specs, state_layouts
@@ -568,7 +572,9 @@ class _Build:
                 return
         if MIXED in places:
             raise Ambiguous
-        if not self._pointwise(node):
+        if node.target in LAYERS:
+            self._recurrent(node)
+        elif not self._pointwise(node):
             self._vmapped(node)
 
     def _pointwise(self, node: fx.Node) -> bool:
@@ -614,6 +620,34 @@ class _Build:
             self.aligned[key] = new
         return self.aligned[key]
 
+    # -- recurrent layers, of which vmap knows nothing ---------------------------------------------------------------
+
+    def _recurrent(self, node: fx.Node) -> None:
+        """Lanes that lie in front go into the batch dimension of a recurrent layer, beside what is there."""
+        given = bind(node.target, node.args, node.kwargs)
+        hidden = given["hx"] if isinstance(given["hx"], (list, tuple)) else [given["hx"]]
+        batched, at = self.measured[1][given["input"]].dim() == 3, 0 if given["batch_first"] else 1
+        if not self.in_front:
+            raise Ambiguous
+        moved = {n: self._folded(n, 1, batched) for n in hidden} | {
+            given["input"]: self._folded(given["input"], at, batched)
+        }
+        copy = self.graph.node_copy(node, lambda n: moved.get(n, self.env[n]))
+        found = []
+        for i, one in enumerate(self.measured[1][node]):
+            dim, got = 1 if i else at, self.emit(operator.getitem, copy, i)
+            if batched:
+                got = self.emit(aten.reshape.default, got, [*one.shape[:dim], self.lanes(), *one.shape[dim:]])
+            found.append(self.emit(aten.movedim.int, got, dim, 0) if dim else got)
+        self.env[node], self.places[node] = found, [FRONT] * len(found)
+
+    def _folded(self, node: fx.Node, at: int, batched: bool) -> fx.Node:
+        """Something with its lanes at a dimension, which may be one that it has already."""
+        one = self.measured[1][node]
+        new = self.env[node] if self.places[node] == FRONT else self.expand(self.env[node], one.dim())
+        new = self.emit(aten.movedim.int, new, 0, at) if at else new
+        return self.emit(aten.reshape.default, new, [*one.shape[:at], -1, *one.shape[at + 1 :]]) if batched else new
+
     # -- vmap --------------------------------------------------------------------------------------------------------
 
     def _vmapped(self, node: fx.Node) -> None:
@@ -641,12 +675,27 @@ class _Build:
         if key not in self.traces:
             filled = [here.get(i, a) for i, a in enumerate(flat)]
             at = dict(zip(tensors, places, strict=True))
-            self.traces[key] = trace_vmapped(self.fake, node.target, filled, spec, at, targets)
+            try:
+                self.traces[key] = trace_vmapped(self.fake, node.target, filled, spec, at, targets)
+            except RuntimeError as error:
+                if "Batching rule not implemented" in str(error):
+                    raise self._refusal(node) from error
+                raise
         traced, slopes = self.traces[key]
         arguments = [self.env[flat[i]] for i in tensors]
         results = self._inline(traced, slopes, arguments)
         self.env[node] = results[0] if isinstance(leaves, list) and out_spec.is_leaf() else results
         self.places[node] = targets[0] if out_spec.is_leaf() else targets
+
+    def _refusal(self, node: fx.Node) -> InputError:
+        """That an op cannot be run for all lanes at once."""
+        timing = node.meta.get("cofx")
+        line = user_frame(timing.value.node) if timing is not None else "(unknown line)"
+        return InputError(
+            f"this model has no lanes: {node.target} mixes what lies in its batch, and torch.vmap has no rule for it\n"
+            f"    at      {line}\n"
+            "    try     a step model for each stream (copy.deepcopy), called without start, ready and length"
+        )
 
     def _leaf_places(self, node: fx.Node) -> list[Place]:
         two, three = (pytree.tree_leaves(self.measured[b][node]) for b in (2, 3))

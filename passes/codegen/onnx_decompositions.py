@@ -17,6 +17,7 @@ from torch import fx
 from torch._decomp import decomposition_table
 
 from ..canonicalize import listed
+from ..symbolic_recurrence import LAYERS
 from . import special_functions
 
 aten = torch.ops.aten
@@ -25,7 +26,7 @@ aten = torch.ops.aten
 def decompositions(graph: fx.Graph, plain: bool = False) -> dict[Any, Callable[..., Any]]:
     """Those that a graph needs; with `plain`, recurrent layers are written as products too."""
     targets = {n.target for n in graph.nodes if n.target not in _WHERE or n.meta["val"].dtype == torch.bool}
-    table = TABLE | ({op: decomposition_table[op] for op in _RECURRENT} if plain else {})
+    table = TABLE | ({op: decomposition_table[op] for op in LAYERS} if plain else {})
     return {op: f for op, f in table.items() if op in targets}
 
 
@@ -191,7 +192,6 @@ def _median(x: torch.Tensor, dim: int, keepdim: bool = False) -> Any:
 
 _WHERE = {aten.where.self, aten.where.ScalarOther, aten.where.ScalarSelf, aten.where.Scalar}
 
-_RECURRENT = (aten.gru.input, aten.lstm.input, aten.rnn_tanh.input, aten.rnn_relu.input)
 
 TABLE: dict[Any, Callable[..., Any]] = {
     aten.cumprod.default: _running(torch.mul, False),

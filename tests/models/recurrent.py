@@ -251,7 +251,24 @@ class Delta(nn.Module):
         return torch.stack(out, 1)
 
 
+class OfEachJoint(nn.Module):
+    """A memory for each joint of a skeleton: batch and joints share a dimension there."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.LSTM(3, 4, batch_first=True), nn.GRU(4, 2)
+
+    def forward(self, x):  # (B, C, T, V)
+        joints = x.permute(0, 3, 2, 1)
+        rows = self.first(joints.flatten(0, 1))[0]
+        return self.second(rows.transpose(0, 1))[0].transpose(0, 1).unflatten(0, joints.shape[:2]).permute(0, 3, 2, 1)
+
+
 SAMPLES = [
+    recurrent("of_each_joint", OfEachJoint, (2, 3, 8, 5), time_dim=2),
+    recurrent(
+        "unbatched_lstm", lambda: Output(nn.LSTM(3, 4)), (8, 3), time_dim=0, batch_dim=None, options={"batch_dim": None}
+    ),
     recurrent("rnn_tanh", lambda: Output(nn.RNN(3, 4, 2, batch_first=True))),
     recurrent("rnn_relu", lambda: Output(nn.RNN(3, 4, nonlinearity="relu", bias=False, batch_first=True))),
     recurrent("gru", lambda: Output(nn.GRU(3, 4, batch_first=True))),
