@@ -232,7 +232,7 @@ class Apart:
             )
             for x in frames
         ]
-        name = self.derive(weight, "rows of taps", lambda w: w.flatten(2).permute(2, 1, 0).reshape(-1, out).contiguous())
+        name = self.derive(weight, "rows of taps", lambda w: w.flatten(2).permute(2, 1, 0).flatten(0, 1).contiguous())
         assert name is not None
         joined, turned = self._call(aten.cat.default, rows, 1), self._attribute(name)
         product = (aten.mm.default,) if bias is None else (aten.addmm.default, self.plain(bias))
