@@ -118,6 +118,13 @@ class MidStream:
             self._runs[place] = None if program is None else program.run
         return self._runs[place]
 
+    def _others(self, phase: int) -> Program:
+        """The program that another backend than torch's kernels compiles, with the parameters as they are now."""
+        program = self._bare(phase, True, kernels=False)
+        assert program is not None
+        self.compiled.plan.constants.note(program.tensors.values())
+        return program
+
     def _bare(self, phase: int, apart: bool, kernels: bool) -> Program | None:
         """The program of a step in mid-stream; None if there is none that depends on the phase alone."""
         program = self.compiled.program(Key(phase, 1, frames=True, apart=apart, kernels=kernels))
@@ -219,8 +226,7 @@ class MidStream:
         if shapes not in self._compiled:
             runs = []
             for phase in range(self._period):
-                program = self._bare(phase, True, kernels=False)
-                assert program is not None
+                program = self._others(phase)
                 runs.append(compile_inductor(program.graph, program.tensors, [*frames, *parts], len(frames)))
             self._compiled[shapes] = runs
         return self._compiled[shapes]
@@ -233,8 +239,7 @@ class MidStream:
         if shapes not in self._homes:
             sessions = {}
             for phase in range(self._period):
-                program = self._bare(phase, True, kernels=False)
-                assert program is not None
+                program = self._others(phase)
                 given = [*frames, *parts]
                 sessions[phase] = compile_session(
                     self.compiled.plan, program.graph, program.tensors, given, len(frames), self._period == 1

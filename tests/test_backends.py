@@ -251,3 +251,19 @@ def test_inductor_keeps_pictures_as_it_makes_them():
     same(got + steps(step, clip), want + steps(plain, clip))
     assert [x.stride() for x in step._state.apart] == laid
     assert all(x.is_contiguous(memory_format=torch.channels_last) for x in step._state.apart if x.dim() == 4)
+
+
+@pytest.mark.parametrize("backend", ["onnxruntime", "inductor"])
+@torch.no_grad()
+def test_parameters_that_change_in_mid_stream_are_told(backend):
+    """Those that eager programs read as they are, a session has as constants."""
+    model = nn.Sequential(nn.LayerNorm(8), nn.Linear(8, 4)).eval()
+    clip = torch.randn(1, 12, 8)
+    step = cofx.compile(model, clip, time_dim=1, backend=backend)
+    for x in clip.unbind(1):
+        step.forward_step(x)
+    model[1].weight.mul_(2)
+    with pytest.warns(UserWarning, match="parameters have changed"):
+        step.forward_step(clip[:, 0])
+    step.refresh()
+    torch.testing.assert_close(step.forward_step(clip[:, 0]), model(clip)[:, 0])
