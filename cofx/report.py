@@ -61,6 +61,8 @@ def report(compiled: Compiled) -> Report:
     period, settled = plan.schedule.period, plan.schedule.settled
     warm = max([settled, *(first for first, _ in compiled.clips)])
     warm += -warm % period
+    while compiled.idle(warm + 1):
+        warm += period
     with torch.no_grad(), as_for_inference(compiled.model):
         clip = compiled.spec.zeros(compiled.spec.blank(batch, _untimed(compiled, batch)), ticks)
         state = StreamState()

@@ -87,3 +87,34 @@ class Doubled(nn.Module):
 def test_numbers_promote_types():
     step = check(Doubled(), torch.randn(1, 2, 9))
     assert step.forward_step(torch.randn(1, 2)).dtype == torch.float64
+
+
+EINSUMS = {
+    "btc,cd->btd": (4, 5), "cd,btc->bdt": (4, 5), "bthc,hcd->bthd": (3, 4, 2), "bthc,bthd->btcd": None,
+    "bthc,chd->bdt": (4, 3, 2), "bthc,hc->bt": (3, 4), "bthc,btgc->bthg": None,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("equation", EINSUMS)
+@torch.no_grad()
+def test_einstein_sums_are_products_of_matrices(equation):
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            shape = EINSUMS[equation]
+            self.weight = None if shape is None else nn.Parameter(torch.randn(shape))
+
+        def forward(self, x):
+            other = x.flip(-1) if self.weight is None else self.weight
+            first, second = (other, x) if equation.startswith("cd") else (x, other)
+            return torch.einsum(equation, first, second)
+
+    x = torch.randn(2, 9, 4) if "h" not in equation else torch.randn(2, 9, 3, 4)
+    model = Net().eval()
+    step, want = cofx.compile(model, x, time_dim=1), model(x)
+    axis = equation.split("->")[1].index("t")
+    got = [step.forward_step(frame) for frame in x.unbind(1)]
+    torch.testing.assert_close(torch.stack(got, axis), want)
+    ops = {n.target for n in step.compiled.program(Key(0, 1, frames=True, apart=True, kernels=False)).graph.nodes}
+    assert torch.ops.aten.einsum.default not in ops
+    assert ops & {torch.ops.aten.mm.default, torch.ops.aten.bmm.default}

@@ -18,6 +18,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from ..canonicalize import bind, listed, unbind
 from ..symbolic_recurrence import SHAPE_KERNELS
+from .einsum import expand_einsums
 from .frames import Apart
 from .kernels import choose_kernels
 from .uniform import Uniform
@@ -80,6 +81,7 @@ class Lowering:
             self.size_of = shapes_of(self.graph, self.tensors, one)
         if self.fast and self.size_of:
             other_sizes = shapes_of(self.graph, self.tensors, other) if other != one else dict(self.size_of)
+            expand_einsums(self, other_sizes)
             Uniform(self.graph, self.size_of, other_sizes, self.number)
             units = Units(self.graph, self.size_of, other_sizes)
             self.graph, self.size_of = units.graph, units.sizes

@@ -55,8 +55,8 @@ def broadcast(call: Call) -> tuple[list[fx.Node], list[Value], Layout]:
 
 def pointwise(call: Call) -> Fact:
     """The rule of every op that torch tags as pointwise."""
-    if not call.streams:  # of first frames: those of what the op makes of all frames
-        heads = {n: f for n in call.node.all_input_nodes if isinstance(f := call.facts[n], InClip)}
+    heads = {n: f for n in call.node.all_input_nodes if isinstance(f := call.facts[n], InClip)}
+    if heads and not call.streams:  # of first frames: those of what the op makes of all frames
         head = next(iter(heads.values()))
         if len(heads) > 1 or not isinstance(head, Head) or head.count != 1:
             raise NonLocal(head.reason)
