@@ -48,8 +48,11 @@ R = TypeVar("R")
 
 
 def untraced(function: Callable[P, R]) -> Callable[P, R]:
-    """Let a function that looks at a module run while no other thread traces it: a traced module's parameters are not
-    its own."""
+    """Let a function run while no other thread traces.
+
+    A module that is being traced has parameters that are not its own; and what runs on shapes alone sets aside torch's
+    modes for tracing, of which some are those of all threads.
+    """
 
     @functools.wraps(function)
     def waiting(*args: P.args, **kwargs: P.kwargs) -> R:

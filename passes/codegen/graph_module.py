@@ -24,6 +24,7 @@ from torch.fx.node import map_arg
 
 from ...runtime.program import OutputSpan, Program, StateSpec
 from ..canonicalize import unbind
+from ..capture import untraced
 from ..layout import BATCH, KEY, TIME, Layout
 from ..loops import Loop
 from ..schedule import Taps
@@ -744,6 +745,7 @@ def _node(other: Any) -> Any:
     return other.node if isinstance(other, Index) else other
 
 
+@untraced
 def generate(plan: Plan, key: Key, device: torch.device, validity: bool = False) -> Program:
     """The program of a key, its small constants on `device`.
 

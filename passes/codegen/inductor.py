@@ -20,6 +20,7 @@ from torch import fx
 
 from ...runtime.program import Made, Passed
 from ..canonicalize import bind, listed
+from ..capture import untraced
 from .frames import Sizes
 from .lower import shapes_of
 from .session import as_module, split_results
@@ -30,6 +31,7 @@ _POSITIONS: dict[Any, int] = {aten.conv1d.default: 1, aten.conv2d.default: 2}  #
 TAPS = 25  # of a depthwise kernel that is written out
 
 
+@untraced
 def compile_inductor(
     graph: fx.Graph, tensors: Mapping[str, torch.Tensor], arguments: Sequence[torch.Tensor], frames: int
 ) -> Callable[..., Any]:

@@ -33,6 +33,7 @@ from torch.utils import _pytree as pytree
 from ...runtime.errors import InputError
 from ...runtime.program import Program, StateSpec
 from ..canonicalize import bind
+from ..capture import untraced
 from ..errors import user_frame
 from ..layout import BATCH, Layout
 from ..schedule_delays import Schedule
@@ -112,6 +113,7 @@ class LaneProgram:
     device: torch.device
 
 
+@untraced
 def generate_lanes(
     plan: Plan,
     ticks: int,

@@ -25,6 +25,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils import _pytree as pytree
 
 from ...runtime.onnx_meta import FORMAT
+from ..capture import untraced
 from ..errors import CompileError, user_frame
 from ..schedule_delays import Schedule
 from .lane_states import lane_schedule
@@ -174,6 +175,7 @@ def _convert(
     return model
 
 
+@untraced
 def onnx_model(
     plan: Plan,
     step: nn.Module,
