@@ -11,7 +11,6 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-import onnxruntime as ort
 import torch
 from onnx import TensorProto, helper
 from torch import fx
@@ -20,6 +19,7 @@ from torch.fx.node import map_arg
 import cofx
 from cofx.passes.canonicalize import bind, listed
 from cofx.passes.codegen.graph_module import Key
+from cofx.runtime.onnx_buffers import open_session
 
 aten, mkldnn = torch.ops.aten, torch.ops.mkldnn
 CONVOLUTIONS = {aten.conv1d.default: 1, aten.conv2d.default: 2, aten.conv3d.default: 3}
@@ -127,8 +127,6 @@ def _session(x: Any, weight: Any, bias: Any, stride: Any, padding: Any, dilation
         held,
     )
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=9)
-    options = ort.SessionOptions()
-    options.intra_op_num_threads = torch.get_num_threads()
-    session = ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    session = open_session(model.SerializeToString(), torch.get_num_threads())
     array = np.ascontiguousarray(x.numpy())
     return lambda: session.run(None, {"x": array})

@@ -24,17 +24,22 @@ def numbers() -> str:
     """What README.md says of multiply-adds and of time."""
     flops = {r["model"]: r["ratio"] for r in _results("flops")}
     rows = [r for r in _results("run")["rows"] if r.get("batch", 1) == 1 and "over continual" in r]
-    best = {r["workload"]: max(v for n, v in r["over continual"].items() if n in BACKENDS) for r in rows}
-    least, most = (pick(best, key=best.__getitem__) for pick in (min, max))
-    mean = statistics.geometric_mean(best.values())
+    found = {r["workload"]: best(r) for r in rows}
+    least, most = (pick(found, key=found.__getitem__) for pick in (min, max))
+    mean = statistics.geometric_mean(found.values())
     text = (
         f"Per step X3D-M takes {flops['X3D-M']}x fewer multiply-adds than per clip, Slow-R50 {flops['Slow-R50']}x, "
         f"A-GCN {flops['A-GCN']}x ([all](benchmarks/results/flops.md), beside what that library publishes). In time, a "
-        f"step of the fastest backend is {best[least]:.1f}x ({least[3:]}) to {best[most]:.0f}x ({most[3:]}) faster "
-        f"than a step of continual-inference, {mean:.1f}x in the geometric mean of {len(best)} nets "
+        f"step of the fastest backend is {found[least]:.1f}x ({least[3:]}) to {found[most]:.0f}x ({most[3:]}) faster "
+        f"than a step of continual-inference, {mean:.1f}x in the geometric mean of {len(found)} nets "
         "([all](benchmarks/results/run.md))."
     )
     return textwrap.fill(text, 120, break_long_words=False, break_on_hyphens=False)
+
+
+def best(row: dict[str, Any]) -> float:
+    """How many times faster than continual-inference the fastest backend is in a row of run.json."""
+    return max(v for n, v in row["over continual"].items() if n in BACKENDS)
 
 
 def _results(name: str) -> Any:

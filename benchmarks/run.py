@@ -39,6 +39,7 @@ import cofx.backends
 
 sys.path.insert(0, str(Path(__file__).parent))
 from limit import limit
+from readme import best
 from workloads import Workload, workloads
 
 RESULTS = Path(__file__).parent / "results" / "run.json"
@@ -225,11 +226,6 @@ def table(rows: list[dict[str, Any]]) -> str:
     if kept:
         lines += ["", f"State over continual-inference's, geometric mean: {statistics.geometric_mean(kept):.2f}."]
     return "\n".join(lines)
-
-
-def best(row: dict[str, Any]) -> float:
-    """How many times faster than continual-inference a row's fastest backend is."""
-    return max(v for n, v in row["over continual"].items() if n in cofx.backends.BACKENDS)
 
 
 def plot(rows: list[dict[str, Any]], path: Path) -> None:

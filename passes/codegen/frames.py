@@ -24,6 +24,7 @@ from torch.fx.node import map_arg
 
 from ..canonicalize import bind, listed, unbind
 from .aliases import base
+from .rows import from_rows, to_rows
 
 aten = torch.ops.aten
 
@@ -224,21 +225,13 @@ class Apart:
 
     def _rows(self, frames: Sequence[fx.Node], weight: fx.Node, bias: fx.Node | None, size: Sequence[int]) -> fx.Node:
         """All taps as one product, with a row for each position: (positions, taps * in) x (taps * in, out)."""
-        n = len(size) - 3
         out, channels = self.sizes[weight][:2]
-        rows = [
-            self._call(
-                aten.reshape.default, self._call(aten.permute.default, x, [0, *range(2, n + 2), 1]), [-1, channels]
-            )
-            for x in frames
-        ]
+        rows = [to_rows(self._call, x, channels, [1] * len(size[3:])) for x in frames]
         name = self.derive(weight, "rows of taps", lambda w: w.flatten(2).permute(2, 1, 0).flatten(0, 1).contiguous())
         assert name is not None
         joined, turned = self._call(aten.cat.default, rows, 1), self._attribute(name)
         product = (aten.mm.default,) if bias is None else (aten.addmm.default, self.plain(bias))
-        found = self._call(*product, joined, turned)
-        shaped = self._call(aten.reshape.default, found, [-1, *size[3:], out])
-        return self._call(aten.permute.default, shaped, [0, n + 1, *range(1, n + 1)])
+        return from_rows(self._call, self._call(*product, joined, turned), size[3:], out)
 
     def _tap(self, weight: fx.Node, i: int) -> fx.Node:
         name = self.derive(weight, f"tap {i}", lambda w: w.select(2, i).contiguous())

@@ -23,6 +23,7 @@ from ..canonicalize import bind, listed
 from ..capture import untraced
 from .frames import Sizes
 from .lower import shapes_of
+from .rows import from_rows, to_rows
 from .session import as_module, split_results
 
 aten = torch.ops.aten
@@ -161,15 +162,9 @@ class _Loops:
 
     def _product(self, x: fx.Node, weight: torch.Tensor, out: Sequence[int], stride: list[int]) -> fx.Node:
         """Pixels times weights: (pixels, in) x (in, out)."""
-        for axis, step in enumerate(stride, 2):
-            if step > 1:
-                x = self._call(aten.slice.Tensor, x, axis, 0, 1 << 40, step)
-        n = len(stride)
-        rows = self._call(aten.permute.default, x, [0, *range(2, n + 2), 1])
-        rows = self._call(aten.reshape.default, rows, [-1, weight.shape[1]])
+        rows = to_rows(self._call, x, weight.shape[1], stride)
         found = self._call(aten.mm.default, rows, self._hold(weight.flatten(1).t()))
-        shaped = self._call(aten.reshape.default, found, [-1, *out[2:], out[1]])
-        return self._call(aten.permute.default, shaped, [0, n + 1, *range(1, n + 1)])
+        return from_rows(self._call, found, out[2:], out[1])
 
 
 def _turn_kept(graph: fx.Graph, sizes: Sizes, after: Sequence[Made | Passed]) -> set[int]:

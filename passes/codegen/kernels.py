@@ -17,6 +17,7 @@ import torch
 from torch import fx
 
 from ..canonicalize import bind, listed
+from .rows import from_rows, to_rows
 
 if TYPE_CHECKING:
     from .lower import Lowering
@@ -112,21 +113,14 @@ class Pictures:
     def _product(self, given: dict[str, Any], weight: torch.Tensor, stride: list[int]) -> fx.Node:
         """Pixels times weights: (pixels, in) x (in, out)."""
         call, x = self.lowering.call, given["input"]
-        picture = list(self.size[x][2:])
-        for axis, step in enumerate(stride, 2):
-            if step > 1:
-                x = call(aten.slice.Tensor, x, axis, 0, 1 << 40, step)
-        picture = [-(-size // step) for size, step in zip(picture, stride, strict=True)]
-        n = len(picture)
+        picture = [-(-size // step) for size, step in zip(self.size[x][2:], stride, strict=True)]
         turned = self.lowering.derived("pixels", [weight], lambda: weight.flatten(1).t().contiguous())
-        rows = call(aten.permute.default, x, [0, *range(2, n + 2), 1])
-        rows = call(aten.reshape.default, rows, [-1, weight.shape[1]])
+        rows = to_rows(call, x, weight.shape[1], stride)
         if given["bias"] is None:
             found = call(aten.mm.default, rows, turned)
         else:
             found = call(aten.addmm.default, given["bias"], rows, turned)
-        shaped = call(aten.reshape.default, found, [-1, *picture, weight.shape[0]])
-        made: fx.Node = call(aten.permute.default, shaped, [0, n + 1, *range(1, n + 1)])
+        made = from_rows(call, found, picture, weight.shape[0])
         made.meta["product"] = rows, turned, found
         return made
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import operator
 from typing import Any
 
 import torch
@@ -89,7 +91,7 @@ def beside(call: Call, nodes: list[fx.Node]) -> Value:
     time = x.layout.time
     sizes = [n.meta["val"].shape[time] for n in nodes]
     left, right = sum(sizes[:at]), sum(sizes[at + 1 :])
-    length = lambda frames: frames + left + right  # noqa: E731
+    length = functools.partial(operator.add, left + right)
     others = [call.facts[n] for n in nodes if n is not streams[0]]
     if any(isinstance(f, (Head, Tail)) for f in others):
         if all(_is_edge(f, x, i < at) for i, f in enumerate(others)):
@@ -119,7 +121,7 @@ def beside(call: Call, nodes: list[fx.Node]) -> Value:
 def _with_frames(call: Call, nodes: list[fx.Node], x: Value, at: int, left: int, right: int) -> Value:
     """A stream with the first frames of streams before it and the last ones of streams behind it."""
     time = x.layout.time
-    length = lambda frames: frames + left + right  # noqa: E731
+    length = functools.partial(operator.add, left + right)
     over = read(call.view(x, -left, length, Constant(0.0)))
     reads, places, place = [over], [], 0  # of each part: where it begins, from the front or behind the stream
     for i, n in enumerate(nodes):
