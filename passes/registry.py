@@ -314,12 +314,12 @@ class Call:
 
     def sizes_of(self, node: fx.Node) -> list[Sizes]:
         """A traced value's shape: for each dimension its sizes at the sample points."""
-        return list(zip(*node.meta["sizes"], strict=True))
+        return _by_dimension(node.meta["sizes"])
 
     @property
     def out_sizes(self) -> list[Sizes]:
         """The (single) result's shape: for each dimension its sizes at the sample points."""
-        return list(zip(*self.sizes, strict=True))
+        return _by_dimension(self.sizes)
 
     def resized(self, value: Value, axis: int) -> Dim:
         """A dimension of the (first) result that `value` has too, perhaps with another size."""
@@ -507,6 +507,17 @@ class Call:
 def lower_call(b: Any, op: Op, windows: list[Any], span: range, carries: list[fx.Node]) -> Any:
     """The op itself on the windows of its streams: what most ops lower to."""
     return b.call(op, windows)
+
+
+def _by_dimension(shapes: Sequence[Sequence[int]]) -> list[Sizes]:
+    """Shapes at the sample points, dimension by dimension.
+
+    Raises:
+        NonLocal: they have not the same number of dimensions (`squeeze` of what is one frame only in a clip).
+    """
+    if len({len(s) for s in shapes}) > 1:
+        raise NonLocal("how many dimensions there are depends on the clip's length")
+    return list(zip(*shapes, strict=True))
 
 
 def _plain(arg: Any) -> Any:

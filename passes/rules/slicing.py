@@ -6,6 +6,7 @@ to exist; the last frames, or frames at a fixed place, belong to a clip.
 
 from __future__ import annotations
 
+import itertools
 import sys
 from typing import Any
 
@@ -132,11 +133,24 @@ def split(call: Call) -> Fact:
     """A dimension parted into several results."""
     x = call.stream("self")
     axis = call.arg("dim", 0) % len(x.layout)
-    call.require(axis != x.layout.time, "the time axis is split into parts of the clip")
+    if axis == x.layout.time:
+        return _split_in_time(call)
     if "unbind" in call.node.target._schema.name:  # type: ignore[union-attr]
         return call.framewise([x.layout.replace(axis)] * len(call.sizes[0]))
     layouts = [x.layout.replace(axis, dim(size[axis])) for size in call.sizes[0]]
     return call.framewise(layouts)
+
+
+def _split_in_time(call: Call) -> Fact:
+    """The clip parted at fixed places, counted from its start or its end, as ``split([n - 1, 1])`` does."""
+    x = call.stream("self", clean=True)
+    parts = [tuple(s[i][x.layout.time] for s in call.sizes) for i in range(len(call.sizes[0]))]
+    name = call.node.target._schema.name  # type: ignore[union-attr]
+    moving = [p for p in parts if constant(p) is None]
+    call.require("unbind" not in name and len(moving) == 1, "the time axis is split into parts of the clip")
+    ends = list(itertools.accumulate(parts, lambda a, b: tuple(i + j for i, j in zip(a, b, strict=True))))
+    starts = [(0,) * len(x.lengths), *ends[:-1]]
+    return tuple(part(call, x, start, end, 1) for start, end in zip(starts, ends, strict=True))
 
 
 @rule(aten.diff.default, takes_edges=True)
