@@ -12,7 +12,7 @@ import torch
 from .backends import fastest, installed, measures, question, remember, remembered
 from .passes.codegen.graph_module import FOREVER, Key
 from .passes.codegen.inductor import compile_inductor
-from .passes.codegen.session import compile_session
+from .passes.codegen.session import compile_sessions
 from .runtime.program import Program
 from .runtime.state import StreamState, allocate, take_apart
 
@@ -239,18 +239,13 @@ class MidStream:
 
         shapes = tuple(x.shape for x in frames)
         if shapes not in self._homes:
-            sessions = {}
-            for phase in range(self._period):
-                program = self._others(phase)
-                given = [*frames, *parts]
-                sessions[phase] = compile_session(
-                    self.compiled.plan, program.graph, program.tensors, given, len(frames), self._period == 1
-                )
             groups: list[int] = []
             for i, spec in enumerate(self.compiled.specs):
                 apart = spec.apart if self.compiled.large_frames else None
                 groups += [i] * (1 if apart is None else spec.dims[apart][1])
-            self._homes[shapes] = Residence(sessions, frames, parts, groups)
+            programs = [self._others(phase) for phase in range(self._period)]
+            sessions, rooms = compile_sessions(self.compiled.plan, programs, [*frames, *parts], len(frames), groups)
+            self._homes[shapes] = Residence(sessions, frames, parts, rooms, groups)
         return self._homes[shapes]
 
 

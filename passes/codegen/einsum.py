@@ -92,6 +92,20 @@ def _product(lowering: Lowering, sizes: Sizes, other: Sizes, node: fx.Node) -> f
         turned = call(aten.permute.default, [i for g in groups for i in g], n, order)
         return call(aten.reshape.default, parts, turned, shaped(parts))
 
+    fixed = [i for i in rows if size[i][0] == size[i][1]]
+    last = max(fixed, key=lambda i: size[i][0]) if fixed else ""
+    wide = bool(last) and size[last][0] > prod(size[i][0] for i in columns)
+    if lowering.held(given[1]) is not None and not both and wide:
+        # the widest dimension last, as rows of channels lie: what is summed over lies before it, in reverse
+        outer, summed = [i for i in rows if i != last], summed[::-1]
+        turned = matrix(given[1], right, [[], columns, summed])
+        letters, groups = [*outer, *summed, last], [outer, summed, [last]]
+        found = call(aten.permute.default, letters, given[0], [left.index(i) for i in letters])
+        found = call(aten.reshape.default, groups, found, shaped(groups))
+        found = call(aten.matmul.default, [outer, columns, [last]], turned, found)
+        letters = [*outer, *columns, last]
+        found = call(aten.reshape.default, letters, found, shaped(letters))
+        return call(aten.permute.default, out, found, [letters.index(i) for i in out])
     one = matrix(given[0], left, [both, rows, summed])
     two = matrix(given[1], right, [both, summed, columns])
     parts = [both, rows, columns] if both else [rows, columns]
