@@ -134,14 +134,21 @@ class Schedule:
 def schedule_delays(graph: StreamGraph, outputs: Sequence[Value | None], waiting: bool = False) -> Schedule:
     """Drop what no output needs, then settle counts and histories (`waiting`: see `Counter`)."""
     live = _live(graph, outputs)
+    period = phases(graph, outputs)
     graph.ops = [op for op in graph.ops if op in live]
     counter = Counter(graph, waiting)
     values = [v for op in graph.ops for v in op.outputs] + graph.inputs
-    period = math.lcm(*(v.rate.denominator for v in values))
     schedule = Schedule(graph, list(outputs), period, {}, {}, 0, 0, counter)
     schedule.history, schedule.growing = _histories(schedule, values)
     schedule.settled, schedule.sequential_from = _settled(schedule)
     return schedule
+
+
+def phases(graph: StreamGraph, outputs: Sequence[Value | None]) -> int:
+    """The period: after so many ticks the same is done again."""
+    live = _live(graph, outputs)
+    values = [v for op in graph.ops if op in live for v in op.outputs] + graph.inputs
+    return math.lcm(*(v.rate.denominator for v in values))
 
 
 def _live(graph: StreamGraph, outputs: Sequence[Value | None]) -> set[Op]:
