@@ -409,8 +409,11 @@ def test_int8_weights(tmp_path, capsys) -> None:
         lambda x: x.median(1).values,
         lambda x: x.kthvalue(3, 1, keepdim=True).values,
         lambda x: torch.logcumsumexp(x, 2),
+        lambda x: torch.searchsorted(torch.tensor([-1.0, 0.0, 0.5]), x.masked_fill(x > 1, torch.nan).contiguous()) * x,
+        lambda x: torch.searchsorted(torch.tensor([-2, 0, 0, 1]), x.mul(2).long().contiguous(), right=True) * x,
+        lambda x: torch.gcd((x * 60).long(), (x.roll(1, 1) * 1e6).long()) * x,
     ],
-    ids=["hypot", "median", "kthvalue", "logcumsumexp"],
+    ids=["hypot", "median", "kthvalue", "logcumsumexp", "searchsorted", "searchsorted_right", "gcd"],
 )
 def test_ops_written_in_others(function, tmp_path) -> None:
     class Op(nn.Module):
