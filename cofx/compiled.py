@@ -14,6 +14,7 @@ from torch.utils import _pytree as pytree
 from .inputs import InputSpec
 from .mid_stream import MidStream
 from .passes.capture import Point, untraced
+from .passes.changes import version
 from .passes.codegen.graph_module import FOREVER, Key, generate, state_specs
 from .passes.errors import CompileError, user_frame
 from .passes.pipeline import Leaf, Plan, tensors
@@ -75,7 +76,7 @@ class Compiled:
         return ticks
 
     def _fingerprint(self) -> tuple[tuple[int, int], ...]:
-        return tuple((id(t), t._version) for t in (*self.model.parameters(), *self.model.buffers()))
+        return tuple((id(t), version(t)) for t in (*self.model.parameters(), *self.model.buffers()))
 
     @untraced
     def renew(self) -> bool:
@@ -85,7 +86,7 @@ class Compiled:
             CompileError: a buffer has changed whose value decided what was traced; nothing is taken up then.
         """
         seen = self._fingerprint()
-        changed = seen != self._seen
+        changed = seen != self._seen or self.plan.constants.outdated()
         if changed:
             now = tensors(self.model, self.plan.capture)
             for name, value in self.plan.capture.read.items():
@@ -111,9 +112,9 @@ class Compiled:
             return
         folded = self.plan.constants.folded
         if len(folded) != len(self._sources[0]):
-            self._sources = [t for t, _ in folded.values()], [version for _, version in folded.values()]
+            self._sources = [t for t, _, _ in folded.values()], [v for _, v, _ in folded.values()]
         sources, versions = self._sources
-        if not self._stale and [t._version for t in sources] != versions:
+        if not self._stale and [version(t) for t in sources] != versions:
             self._stale = True
             warnings.warn(
                 "parameters have changed from which constants were computed: this stream goes on with the old ones "

@@ -284,8 +284,11 @@ class StepModule(nn.Module):
             raise InputError("nothing has been traced yet: give compile(...) an example, or call the step model first")
         return self._compiled
 
-    def _ready(self, inputs: tuple[torch.Tensor, ...], frames: bool) -> Compiled:
-        """The compiled model for these inputs; traces it if that was not done yet."""
+    def _ready(self, inputs: tuple[torch.Tensor, ...], frames: bool, lanes: bool = False) -> Compiled:
+        """The compiled model for these inputs; traces it if that was not done yet.
+
+        `lanes`: for lane programs, which take any number of lanes whatever batch size the model fixes.
+        """
         if self._compiled is None:
             dims = self._time_dim
             example = [
@@ -298,6 +301,7 @@ class StepModule(nn.Module):
         batch = compiled.spec.batch_of(inputs, frames)
         if (
             not compiled.open_batch
+            and not lanes
             and batch is not None
             and batch != compiled.batch
             and self._state.tensors is None
@@ -498,7 +502,7 @@ class StepModule(nn.Module):
 
     def _lane_call(self, inputs: tuple[torch.Tensor, ...], frames: bool, update_state: bool, **controls: Any) -> Any:
         """A call in which every lane stands where it stands."""
-        compiled = self._ready(inputs, frames)
+        compiled = self._ready(inputs, frames, lanes=True)
         lanes = self._lanes
         batch = lanes.lanes if lanes is not None else self._state.batch
         compiled.spec.check(inputs, 1 if frames else compiled.spec.ticks(inputs), batch, frames)

@@ -24,6 +24,7 @@ from torch.fx.traceback import preserve_node_meta
 from torch.utils import _pytree as pytree
 
 from .inputs import make_clock
+from .passes.changes import content
 from .passes.errors import user_frame
 from .passes.pipeline import Leaf
 from .passes.stream_graph import Op, Value, View
@@ -205,14 +206,14 @@ class _Loop:
         tail: list[torch.Tensor | None] = self._emitted(self.step.flush()) if ended else [None] * len(outputs)
         self.kept, self.out = self._shifted(outputs, tail, moved is None)
         self.before = [x.clone() for x in windows]
-        self.versions = self._versions()
+        self.contents = self._contents()
         return self._packed()
 
-    def _versions(self) -> list[int]:
-        return [x._version for x in self.step.model.state_dict(keep_vars=True).values() if not x.is_inference()]
+    def _contents(self) -> list[str]:
+        return [content(x) for x in self.step.model.state_dict(keep_vars=True).values()]
 
     def _changed(self) -> bool:
-        return self.versions != self._versions()
+        return self.contents != self._contents()
 
     def _moved(self, windows: list[torch.Tensor]) -> int | None:
         """By how many ticks the window has moved on, or None."""

@@ -24,6 +24,7 @@ from typing import Any, ParamSpec, TypeVar
 import sympy  # type: ignore[import-untyped]
 import torch
 from torch import fx, nn
+from torch._dynamo.convert_frame import compile_lock
 from torch.export import Dim, ExportedProgram, export
 from torch.export.graph_signature import InputKind
 from torch.utils import _pytree as pytree
@@ -42,7 +43,7 @@ TIME_LIMIT = 300.0  # seconds that one way of tracing may take
 # Longer sample points differ from the traced length by this, so that they are alike modulo any product of strides that
 # one meets: powers of two, and hops such as 300, 320 or 441 frames.
 CONGRUENT = 2**12 * 3**2 * 5**2 * 7**2
-TRACING = threading.RLock()  # torch.export keeps global state: one trace at a time
+TRACING = compile_lock  # torch keeps global state: one trace at a time, torch.compile's own among them
 P = ParamSpec("P")
 R = TypeVar("R")
 

@@ -7,6 +7,7 @@ import torch
 
 import cofx
 from cofx.passes.codegen import lanes as lane_programs
+from cofx.runtime import OnnxStep
 from lane_streams import Batch, step_call
 from models import SAMPLES, Sample, batched
 from shaken import FailsAt
@@ -262,6 +263,25 @@ def test_without_a_batch_dimension() -> None:
         assert y.shape == (2,) and valid.shape == (1,)
         out += [y] if valid.all() else []
     torch.testing.assert_close(torch.stack(out, 1), step.model(X[0, :, :10]))
+
+
+@pytest.mark.parametrize("equivalence", [None, "clip"])
+def test_a_model_that_takes_one_batch_size_and_length(equivalence, tmp_path) -> None:
+    """Each lane is that batch of one, in PyTorch as in a file."""
+    model = torch.export.export(Net().eval(), (X[:1],)).module()
+    step = cofx.compile(model, X[:1], equivalence=equivalence)
+    y, valid = step.forward_steps(X, ready=[True] * 3, length=[X.shape[2]] * 3)
+    step.to_onnx(tmp_path / "step.onnx")
+    file = OnnxStep(tmp_path / "step.onnx")
+    called = [file.forward_step(f.numpy(), ready=[True] * 3, length=[X.shape[2]] * 3) for f in X.unbind(2)]
+    there, exist = (torch.stack([torch.from_numpy(c[i]) for c in called], 2 - i) for i in (0, 1))
+    wanted = torch.cat([model(x[None]) for x in X])
+    for lane in range(3):
+        got = y[lane][:, valid[lane]], there[lane][:, exist[lane]]
+        count = got[0].shape[1]
+        assert count > 0
+        want = wanted[lane, :, -1:] if equivalence else wanted[lane, :, :count]
+        torch.testing.assert_close(got, (want, want), rtol=1e-4, atol=1e-5)
 
 
 def test_an_op_that_cannot_run_for_all_lanes_is_named(monkeypatch) -> None:

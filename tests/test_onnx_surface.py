@@ -238,6 +238,26 @@ def test_external_data(tmp_path, monkeypatch) -> None:
     np.testing.assert_allclose(got, step.model(X).numpy(), rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.slow
+def test_more_than_a_single_file_holds(tmp_path) -> None:
+    """2.1 GB of weights: they go to a file beside the graph."""
+    width = 16400
+
+    class Wide(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.a, self.b = nn.Conv1d(3, width, 2), *(nn.Linear(width, width) for _ in "ab")
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.b(self.a(self.first(x).mT).relu())[..., :8]
+
+    model = Wide().eval()
+    cofx.compile(model, X[:1, :, :6]).to_onnx(tmp_path / "step.onnx")
+    assert (tmp_path / "step.onnx.data").stat().st_size > 2**31 > 10_000 * (tmp_path / "step.onnx").stat().st_size
+    got = OnnxStep(tmp_path / "step.onnx").forward_steps(X[:1, :, :6].numpy())
+    np.testing.assert_allclose(got, model(X[:1, :, :6]).numpy(), rtol=1e-5, atol=1e-5)
+
+
 def test_a_failed_export_leaves_the_old_file(made, tmp_path, monkeypatch) -> None:
     step, _ = made
     path = tmp_path / "step.onnx"
@@ -409,8 +429,11 @@ def test_int8_weights(tmp_path, capsys) -> None:
         lambda x: x.median(1).values,
         lambda x: x.kthvalue(3, 1, keepdim=True).values,
         lambda x: torch.logcumsumexp(x, 2),
+        lambda x: torch.searchsorted(torch.tensor([-1.0, 0.0, 0.5]), x.masked_fill(x > 1, torch.nan).contiguous()) * x,
+        lambda x: torch.searchsorted(torch.tensor([-2, 0, 0, 1]), x.mul(2).long().contiguous(), right=True) * x,
+        lambda x: torch.gcd((x * 60).long(), (x.roll(1, 1) * 1e6).long()) * x,
     ],
-    ids=["hypot", "median", "kthvalue", "logcumsumexp"],
+    ids=["hypot", "median", "kthvalue", "logcumsumexp", "searchsorted", "searchsorted_right", "gcd"],
 )
 def test_ops_written_in_others(function, tmp_path) -> None:
     class Op(nn.Module):

@@ -346,3 +346,32 @@ def test_two_step_models_of_one_module_in_two_threads() -> None:
         t.join()
     for r in results:
         torch.testing.assert_close(r, expected)
+
+
+def test_parameters_written_past_their_counter_are_taken_up() -> None:
+    """As `.data`, NumPy and `Module.to` do, which torch does not count."""
+    model = nn.Sequential(nn.Conv1d(2, 3, 3), nn.BatchNorm1d(3), nn.Conv1d(3, 2, 3)).eval()
+    x = torch.randn(1, 2, 20)
+    step = cofx.compile(model, x[:, :, :9])
+    for change in (
+        lambda: model[0].weight.data.mul_(-1),
+        lambda: model[1].running_mean.numpy().__iadd__(1),
+        lambda: setattr(model[0].weight, "data", torch.randn_like(model[0].weight)),
+        lambda: model.half().float(),
+    ):
+        before = step.forward_steps(x, pad_end=True)
+        with torch.no_grad():
+            change()
+            assert not torch.equal(model(x), before)
+            step.clean_state()
+            torch.testing.assert_close(step.forward_steps(x, pad_end=True), model(x), rtol=1e-4, atol=1e-5)
+        step.clean_state()
+
+
+def test_a_model_made_in_inference_mode() -> None:
+    with torch.inference_mode():
+        model, x = nn.Sequential(nn.Conv1d(2, 3, 3), nn.BatchNorm1d(3)).eval(), torch.randn(1, 2, 20)
+        step = cofx.compile(model, x[:, :, :9])
+        assert step.verify(x).exact
+        step.clean_state()
+        torch.testing.assert_close(torch.stack([step.forward_step(f) for f in x.unbind(2)][2:], 2), model(x))

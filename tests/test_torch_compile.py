@@ -125,13 +125,20 @@ def test_two_streams_in_turn_and_outputs_that_are_written_to() -> None:
             out.zero_(), window.zero_()
 
 
-def test_changed_parameters_are_taken_up() -> None:
+@pytest.mark.parametrize("past_the_counter", [False, True])
+def test_changed_parameters_are_taken_up(past_the_counter: bool) -> None:
     model = convs()
     fast = torch.compile(model, backend=backend)
     for t in range(6):
         torch.testing.assert_close(fast(X[:, :, t : t + T]), model(X[:, :, t : t + T]))
-        model[0].weight.mul_(1.5)
-        model[1].running_mean.add_(0.1)
+        weight, mean = model[0].weight, model[1].running_mean
+        if past_the_counter:
+            weight, mean = weight.data, mean.numpy()
+        weight *= 1.5
+        mean += 0.1
+        torch.testing.assert_close(fast(X[:, :, t : t + T]), model(X[:, :, t : t + T]))
+    if past_the_counter:
+        model.half().float()
         torch.testing.assert_close(fast(X[:, :, t : t + T]), model(X[:, :, t : t + T]))
 
 

@@ -25,6 +25,7 @@ from torch.fx.node import map_arg
 from ...runtime.program import OutputSpan, Program, StateSpec
 from ..canonicalize import unbind
 from ..capture import untraced
+from ..changes import content, version
 from ..layout import BATCH, KEY, TIME, Layout
 from ..loops import Loop
 from ..schedule import Taps
@@ -129,7 +130,7 @@ class Constants:
     def __init__(self, tensors: dict[str, torch.Tensor], batched: set[fx.Node]) -> None:
         self.tensors = tensors
         self.batched = batched
-        self.folded: dict[int, tuple[torch.Tensor, int]] = {}  # what was computed from, with its version then
+        self.folded: dict[int, tuple[torch.Tensor, int, str]] = {}  # what was computed from: version, content then
         self.made: dict[Any, Any] = {}  # by lowerings
         self._values: dict[fx.Node, Any] = {}
 
@@ -147,8 +148,12 @@ class Constants:
     def note(self, sources: Iterable[torch.Tensor | None]) -> None:
         """Constants were computed from these: programs that hold them are stale once one of these changes."""
         for tensor in sources:
-            if tensor is not None:
-                self.folded.setdefault(id(tensor), (tensor, tensor._version))
+            if tensor is not None and id(tensor) not in self.folded:
+                self.folded[id(tensor)] = tensor, version(tensor), content(tensor)
+
+    def outdated(self) -> bool:
+        """Whether what was computed from has changed since."""
+        return any((version(t), content(t)) != (v, c) for t, v, c in self.folded.values())
 
     def known(self, node: fx.Node) -> bool:
         """Whether a node depends on parameters alone."""

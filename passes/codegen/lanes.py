@@ -493,7 +493,7 @@ class _Build:
             place = 0 if self.batch_first else None
             time = time + 1 if time is not None and self.batch_first else time
         elif place == FRONT:
-            at = self._output_batch(inner, time)
+            at = self._output_batch(inner, time, stacked=leaf.clip and not single)
             if at is None:
                 place, time = 0, None if time is None else time + 1
             else:
@@ -505,11 +505,14 @@ class _Build:
             place = 0
         return node, LaneOutput(place, time, frames, *model)
 
-    def _output_batch(self, inner: fx.Node, time: int | None) -> int | None:
-        """Where an output whose lanes lie in front has its own batch dimension, of size one."""
+    def _output_batch(self, inner: fx.Node, time: int | None, stacked: bool) -> int | None:
+        """Where an output whose lanes lie in front has its own batch dimension, of size one.
+
+        `stacked`: it is a clip's, whose evaluations come before its own dimensions.
+        """
         if not self.in_front:
             return None
-        at = next((b for b in self.plan.clock.batch_dims if b is not None), None)
+        at = next((b + stacked for b in self.plan.clock.batch_dims if b is not None), None)
         shape = self.measured[1][inner].shape
         if at is not None and time is None and at >= len(shape):
             at = None

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import math
 import os
 import re
 import tempfile
@@ -384,7 +385,7 @@ def _save(onnx: Any, model: Any, path: str) -> None:
     folder = os.path.dirname(os.path.abspath(path))
     with tempfile.TemporaryDirectory(dir=folder, prefix=".cofx-") as scratch:
         draft = os.path.join(scratch, os.path.basename(path))
-        if model.ByteSize() > LARGEST:
+        if _weight(onnx, model) > LARGEST:
             onnx.save(model, draft, save_as_external_data=True, location=os.path.basename(path) + ".data")
         else:
             onnx.save(model, draft)
@@ -394,6 +395,12 @@ def _save(onnx: Any, model: Any, path: str) -> None:
             raise OnnxError(f"the step program has no valid ONNX form: {str(error).strip()[:500]}") from error
         for name in sorted(os.listdir(scratch), reverse=True):  # the data before the graph that needs it
             os.replace(os.path.join(scratch, name), os.path.join(folder, name))
+
+
+def _weight(onnx: Any, model: Any) -> int:
+    """Bytes of a model's tensors, which is nearly all of it; what is beyond 2 GB cannot be asked for its own size."""
+    sizes = (onnx.helper.tensor_dtype_to_np_dtype(t.data_type).itemsize for t in model.graph.initializer)
+    return sum(size * math.prod(t.dims) for size, t in zip(sizes, model.graph.initializer, strict=True))
 
 
 @contextlib.contextmanager

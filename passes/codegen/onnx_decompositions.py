@@ -190,6 +190,25 @@ def _median(x: torch.Tensor, dim: int, keepdim: bool = False) -> Any:
     return _kthvalue(x, (int(x.shape[dim]) + 1) // 2, dim, keepdim)
 
 
+def _searchsorted(
+    ordered: torch.Tensor, x: torch.Tensor, *, out_int32: bool = False, right: bool = False, side: str | None = None,
+    sorter: torch.Tensor | None = None,
+) -> torch.Tensor:  # fmt: skip
+    """How many come before; none does before NaN, which so comes last, as in torch."""
+    ordered = ordered if sorter is None else ordered.gather(-1, sorter)
+    ordered, x = ordered if ordered.dim() == 1 else ordered.unsqueeze(-2), x.unsqueeze(-1)
+    behind = ordered > x if right or side == "right" else ordered >= x
+    return behind.logical_not().to(torch.int64).sum(-1).to(torch.int32 if out_int32 else torch.int64)
+
+
+def _gcd(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """Euclid's, for as long as numbers of so many bits can take (those of Fibonacci take longest)."""
+    a, b = a.abs(), b.abs()
+    for _ in range(math.ceil(torch.iinfo(a.dtype).bits / math.log2((1 + math.sqrt(5)) / 2))):
+        a, b = torch.where(b != 0, b, a), torch.where(b != 0, a % torch.where(b != 0, b, 1), 0)
+    return a
+
+
 _WHERE = {aten.where.self, aten.where.ScalarOther, aten.where.ScalarSelf, aten.where.Scalar}
 
 
@@ -197,12 +216,14 @@ TABLE: dict[Any, Callable[..., Any]] = {
     aten.cumprod.default: _running(torch.mul, False),
     aten.cummax.default: _running(torch.maximum, True),
     aten.cummin.default: _running(torch.minimum, True),
+    aten.gcd.default: _gcd,
     aten.hypot.default: _hypot,
     aten.kthvalue.default: _kthvalue,
     aten.lstm.input: _lstm,
     aten.median.dim: _median,
     aten.rrelu.default: _rrelu,
     aten.scaled_dot_product_attention.default: _attention,
+    aten.searchsorted.Tensor: _searchsorted,
     **special_functions.TABLE,
 }
 TABLE.update(dict.fromkeys(_WHERE, _where))
