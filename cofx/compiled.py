@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -40,6 +41,7 @@ class Compiled:
         self.large_frames = any(spec.apart is not None for spec in self.specs)
         self.spec = InputSpec.of(plan)
         self.programs: dict[Key, Program] = {}
+        self._works: dict[Any, tuple[int, Program]] = {}  # for each work that is done, a phase with its program
         self.tables = [op for op in plan.schedule.graph.ops if op.limit is not None]
         clips = [op for op in plan.schedule.graph.ops if op.clip is not None]
         read = {r.source for op in plan.schedule.graph.ops for r in op.reads}
@@ -96,6 +98,7 @@ class Compiled:
             self.plan.constants.renew(now)
             self._sources = [], []
             self.programs.clear()
+            self._works.clear()
             self._parameters = list(self.model.parameters())
             self.spec = InputSpec.of(self.plan)
             self._seen = seen
@@ -137,8 +140,35 @@ class Compiled:
         if key not in self.programs:
             if len(self.programs) >= KEPT_PROGRAMS:
                 del self.programs[next(iter(self.programs))]  # the oldest
-            self.programs[key] = generate(self.plan, key, self.spec.device)
+            self.programs[key] = self._twin(key) or generate(self.plan, key, self.spec.device)
         return self.programs[key]
+
+    def _twin(self, key: Key) -> Program | None:
+        """The program of another phase in which the same is done, which is then that of this key too.
+
+        A net that takes thousands of samples for one frame has thousands of phases, and a handful of programs.
+        """
+        if key.masked or key.first or key.holding or not key.kernels or self.plan.schedule.period == 1:
+            return None
+        schedule = self.plan.schedule
+        place = replace(key, phase=0), schedule.work(key.phase, key.ticks)
+        found = self._works.get(place)
+        if found is None:
+            if len(self._works) >= KEPT_PROGRAMS:
+                self._works.clear()
+            made = generate(self.plan, key, self.spec.device)
+            self._works[place] = key.phase, made
+            return made
+        phase, program = found
+        if program.wants:  # it counts from its own phase on
+            return None
+        spans = []
+        for leaf, span in zip(self.plan.outputs, program.outputs, strict=True):
+            more = 0
+            if leaf.value is not None:
+                more = schedule.count(leaf.value, key.phase) - schedule.count(leaf.value, phase)
+            spans.append(replace(span, start=span.start + more))
+        return replace(program, outputs=spans)
 
     def folded(self) -> bool:
         """Whether what depends on parameters alone may be a constant: nobody asks for their gradients."""

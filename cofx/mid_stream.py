@@ -12,7 +12,7 @@ import torch
 from .backends import fastest, installed, measures, question, remember, remembered
 from .passes.codegen.graph_module import FOREVER, Key
 from .passes.codegen.inductor import compile_inductor
-from .passes.codegen.session import compile_session
+from .passes.codegen.session import compile_sessions
 from .runtime.program import Program
 from .runtime.state import StreamState, allocate, take_apart
 
@@ -30,7 +30,7 @@ class MidStream:
         self.compiled, self.backend = compiled, backend
         plan = compiled.plan
         self._whole = [replace(spec, apart=None) for spec in compiled.specs]
-        self._runs: dict[tuple[int, bool], Callable[..., Any] | None] = {}
+        self._runs: dict[tuple[int, bool, bool], Callable[..., Any] | None] = {}
         self._compiled: dict[Shapes, list[Callable[..., Any]]] = {}
         self._chosen: dict[Shapes, str] = {}  # the backend for frames of these shapes
         self._homes: dict[Shapes, Residence] = {}
@@ -56,7 +56,8 @@ class MidStream:
         backend = "eager"
         assert self._accepted is not None
         shapes = self._accepted[1]
-        if self.backend != "eager" and not traced and not any(x.requires_grad for x in frames):
+        gradients = torch.is_grad_enabled() and _differentiated(frames, state)
+        if self.backend != "eager" and not traced and not gradients:
             backend = self._chosen.get(shapes) or self.prepare(frames, batch)
         phase = count % self._period
         by_frame = compiled.large_frames and not traced
@@ -71,7 +72,7 @@ class MidStream:
         if backend == "inductor":
             run: Callable[..., Any] | None = self._compiled[shapes][phase]
         else:
-            place = phase, by_frame or not compiled.large_frames
+            place = phase, by_frame or not compiled.large_frames, traced or not gradients
             if place not in self._runs:
                 if traced:
                     return None
@@ -112,11 +113,14 @@ class MidStream:
             return tuple(outputs)
         return self.compiled.pack(list(outputs), stacked=False)
 
-    def program(self, phase: int, apart: bool) -> Callable[..., Any] | None:
-        """The program of a step in mid-stream: the fastest, which takes large frames one by one, or a plain."""
-        place = phase, apart
+    def program(self, phase: int, apart: bool, kernels: bool = True) -> Callable[..., Any] | None:
+        """The program of a step in mid-stream: the fastest, which takes large frames one by one, or a plain.
+
+        Through kernels that are torch's alone there are no gradients.
+        """
+        place = phase, apart, kernels
         if place not in self._runs:
-            program = self._bare(phase, apart, kernels=True)
+            program = self._bare(phase, apart, kernels)
             self._runs[place] = None if program is None else program.run
         return self._runs[place]
 
@@ -239,19 +243,20 @@ class MidStream:
 
         shapes = tuple(x.shape for x in frames)
         if shapes not in self._homes:
-            sessions = {}
-            for phase in range(self._period):
-                program = self._others(phase)
-                given = [*frames, *parts]
-                sessions[phase] = compile_session(
-                    self.compiled.plan, program.graph, program.tensors, given, len(frames), self._period == 1
-                )
             groups: list[int] = []
             for i, spec in enumerate(self.compiled.specs):
                 apart = spec.apart if self.compiled.large_frames else None
                 groups += [i] * (1 if apart is None else spec.dims[apart][1])
-            self._homes[shapes] = Residence(sessions, frames, parts, groups)
+            programs = [self._others(phase) for phase in range(self._period)]
+            sessions, rooms = compile_sessions(self.compiled.plan, programs, [*frames, *parts], len(frames), groups)
+            self._homes[shapes] = Residence(sessions, frames, parts, rooms, groups)
         return self._homes[shapes]
+
+
+def _differentiated(frames: Sequence[torch.Tensor], state: StreamState) -> bool:
+    """Whether somebody may ask for gradients, of these frames or of earlier ones."""
+    kept = state.apart if state.apart is not None else state.tensors
+    return any(x.requires_grad for x in frames) or (kept is not None and any(x.requires_grad for x in kept))
 
 
 def _watched() -> bool:

@@ -193,8 +193,8 @@ def _time_axis(facts: Facts, leaf: fx.Node) -> int | None:
     for batch, ticks, sizes in zip(facts.streams.batch, facts.streams.ticks, leaf.meta["sizes"], strict=True):
         if batch == facts.streams.batch[0]:
             by_length[ticks] = sizes
-    if len(by_length) > 1:
-        rows = list(by_length.values())
+    rows = list(by_length.values())
+    if len(rows) > 1 and len({len(r) for r in rows}) == 1:
         moving = [i for i, s in enumerate(zip(*rows, strict=True)) if len(set(s)) > 1]
         if moving and not (isinstance(fact, InClip) and fact.spectral):
             return moving[0]

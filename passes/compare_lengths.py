@@ -8,11 +8,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import fx
 from torch.fx.node import map_arg
 
 from .capture import Capture
 from .errors import CaptureError
+from .fold_positions import call_at, take_place
 
 
 def compare_lengths(
@@ -38,11 +40,42 @@ def compare_lengths(
         pairs = list(zip(graph.nodes, twin.nodes, strict=False))
         back = {b: a for a, b in pairs}
         alike = len(graph.nodes) == len(twin.nodes) and all(_same_form(a, b, back) for a, b in pairs)
+        constants = [(a, captured.constants[str(a.target)], other.constants[str(b.target)]) for a, b in pairs
+                     if a.op == "get_attr" and str(a.target) in captured.constants]  # fmt: skip
+        alike = alike and all(_same_constant(here, there) for _, here, there in constants)
         if alike:
             captured.points.append(other.points[0])
             _add_sizes(pairs, back)
+            for node, here, there in constants:
+                _as_positions(graph, node, here, there)
             break
     return alike
+
+
+def _same_constant(here: torch.Tensor, there: torch.Tensor) -> bool:
+    """Whether a tensor that the trace took for constant does not depend on the length, or has a size that does."""
+    return here.shape != there.shape or bool(((here == there) | (here.isnan() & there.isnan())).all())
+
+
+def _as_positions(graph: fx.Graph, node: fx.Node, here: torch.Tensor, there: torch.Tensor) -> None:
+    """Let evenly spaced numbers that go on where the clip does be positions: NumPy made them, unseen by the trace."""
+    if (
+        here.dim() != 1
+        or not node.users
+        or len(here) >= len(there)
+        or len(here) < 2
+        or here.is_complex()
+        or here.dtype is torch.bool
+    ):
+        return
+    start, step = here[0].item(), (here[1] - here[0]).item()
+    if any(not torch.equal(x, start + step * torch.arange(len(x)).to(x)) for x in (here, there)):
+        return
+    like = {"dtype": here.dtype, "device": here.device}
+    sizes = node.meta["sizes"]
+    calls = [((start, start + step * n, step), like) for (n,) in sizes]
+    first = next(n for n in graph.nodes if node in n.all_input_nodes)  # (behind the inputs, whose length they have)
+    take_place(node, call_at(graph, first, torch.ops.aten.arange.start_step, calls, sizes, node.meta["val"]))
 
 
 def _add_sizes(pairs: list[tuple[fx.Node, fx.Node]], back: dict[fx.Node, fx.Node]) -> None:

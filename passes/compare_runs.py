@@ -33,7 +33,7 @@ from .symbolic_recurrence import symbolic_recurrence
 
 # how far ahead one looks for numbers that follow the length: by a multiple of all strides, so that nothing is rounded,
 # by a clip or half of one, or less far (behind, at last) where a table ends or frames are looped over
-FOLLOWED, NEARBY = (60, 12), (4, 2, 1, -1, -2, -4)
+FOLLOWED, NEARBY = (11520, 60, 12), (4, 2, 1, -1, -2, -4)
 KEPT_RUNS = 64
 MORE_CALLS = 4  # a run with so many times the calls of the traced one is not seen to its end
 # how far ahead a trace with open length is looked at, in steps of `CONGRUENT` ticks

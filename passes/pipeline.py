@@ -34,9 +34,12 @@ from .place_delays import place_delays
 from .propagate_facts import Facts, propagate_facts
 from .registry import Call, Fact, InClip
 from .roll_up_loops import gather_assignments, roll_up_loops
-from .schedule_delays import Schedule, reach, schedule_delays
+from .schedule_delays import Schedule, phases, reach, schedule_delays
 from .stream_graph import Clip, Op, Value, View, read
 from .unfold_spectra import unfold_spectra
+
+# a stream that does the same again only after more ticks is recomputed over clips where it ends in a clip anyway
+MOST_PHASES = 1 << 14
 
 
 @dataclass(eq=False)
@@ -206,6 +209,9 @@ def compile_plan(
                 return plan
     if branch is not None:  # every clip has the traced length
         _may_be_clips(leaves[0], branch, equivalence)
+        facts = propagate_facts(graph, captured, clock, constants, context)
+        values = _values(facts, leaves, "clip", newest)
+    if equivalence is None and words == {"first-clip"} and phases(facts.streams, values) > MOST_PHASES:
         facts = propagate_facts(graph, captured, clock, constants, context)
         values = _values(facts, leaves, "clip", newest)
     _check(facts, leaves, values, equivalence, choose)

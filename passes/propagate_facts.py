@@ -19,7 +19,20 @@ from .capture import Capture, Clock
 from .codegen.graph_module import Constants
 from .errors import NonLocal, Refusal, Refuse
 from .layout import BATCH, TIME, Layout, Unshapeable, dim
-from .registry import Call, Fact, Head, InClip, Pair, Static, Tail, entry, find_pair_rule, find_rule, takes_edges
+from .registry import (
+    Call,
+    Fact,
+    Head,
+    InClip,
+    Pair,
+    Rolled,
+    Static,
+    Tail,
+    entry,
+    find_pair_rule,
+    find_rule,
+    takes_edges,
+)
 from .stream_graph import StreamGraph, Value
 
 aten = torch.ops.aten
@@ -109,6 +122,7 @@ def _fact(
     paired = any(isinstance(f, Pair) for f in flat)
     ended = next((f for f in flat if isinstance(f, InClip) and not isinstance(f, Pair)), None)
     understood = takes_edges(node.target) and all(isinstance(f, (Head, Tail, Value, Static)) for f in flat)
+    understood |= entry(node.target).takes_rolled and all(isinstance(f, (Rolled, Value, Static)) for f in flat)
     if ended is not None and not understood:
         spectral = any(isinstance(f, InClip) and f.spectral for f in flat) or "fft" in str(node.target)
         back = _back_from_spectra(node, facts, constants, context) if spectral else None

@@ -101,6 +101,19 @@ class Head(InClip):
 
 
 @dataclass(frozen=True)
+class Rolled(InClip):
+    """A stream of which what moves out at one end of the clip comes in at the other; overwritten there it is one again.
+
+    Attributes:
+        of: the stream.
+        shift: by so many frames (negative: towards the start).
+    """
+
+    of: Value
+    shift: int
+
+
+@dataclass(frozen=True)
 class Pair(InClip):
     """An entry for every two frames of a stream, as attention scores and masks have: it becomes a stream again where
     it is summed over one of the two, if what is summed reaches no further than so many frames ahead.
@@ -121,6 +134,7 @@ class Entry:
         pair_rule: for pairs of frames; asked when the rule for frames cannot.
         spectral_rule: for what was made of spectra over the whole clip, of which it may make frames again.
         takes_edges: its rule understands `Head` and `Tail` facts of its arguments.
+        takes_rolled: its rule understands `Rolled`.
         hands_on: it hands on its first argument as it is, in eval mode, and leaves the graph.
         stays: it is not decomposed, though it has no rule.
         draws_in_training: torch says that it draws random numbers, but in eval mode it does not.
@@ -130,6 +144,7 @@ class Entry:
     pair_rule: Rule | None = None
     spectral_rule: Rule | None = None
     takes_edges: bool = False
+    takes_rolled: bool = False
     hands_on: bool = False
     stays: bool = False
     draws_in_training: bool = False
@@ -314,12 +329,12 @@ class Call:
 
     def sizes_of(self, node: fx.Node) -> list[Sizes]:
         """A traced value's shape: for each dimension its sizes at the sample points."""
-        return list(zip(*node.meta["sizes"], strict=True))
+        return _by_dimension(node.meta["sizes"])
 
     @property
     def out_sizes(self) -> list[Sizes]:
         """The (single) result's shape: for each dimension its sizes at the sample points."""
-        return list(zip(*self.sizes, strict=True))
+        return _by_dimension(self.sizes)
 
     def resized(self, value: Value, axis: int) -> Dim:
         """A dimension of the (first) result that `value` has too, perhaps with another size."""
@@ -507,6 +522,17 @@ class Call:
 def lower_call(b: Any, op: Op, windows: list[Any], span: range, carries: list[fx.Node]) -> Any:
     """The op itself on the windows of its streams: what most ops lower to."""
     return b.call(op, windows)
+
+
+def _by_dimension(shapes: Sequence[Sequence[int]]) -> list[Sizes]:
+    """Shapes at the sample points, dimension by dimension.
+
+    Raises:
+        NonLocal: they have not the same number of dimensions (`squeeze` of what is one frame only in a clip).
+    """
+    if len({len(s) for s in shapes}) > 1:
+        raise NonLocal("how many dimensions there are depends on the clip's length")
+    return list(zip(*shapes, strict=True))
 
 
 def _plain(arg: Any) -> Any:

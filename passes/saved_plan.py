@@ -150,11 +150,13 @@ def _kind(value: Any) -> Any:
 def _loop(loop: Loop, index: Mapping[fx.Node, int]) -> Any:
     return {
         "body": _graph(loop.body),
-        "start": None if loop.start is None else _graph(loop.start),
+        "starts": [_graph(g) for g in loop.starts],
         "dims": loop.dims,
         "squeezed": loop.squeezed,
-        "results": [[r.how, r.dim] for r in loop.results],
+        "results": [[r.how, r.dim, r.skipped] for r in loop.results],
         "carried": [_meta({k: v for k, v in m.items() if k != "samples"}, index) for m in loop.carried],
+        "widths": loop.widths,
+        "ramps": [list(r) for r in loop.ramps],
     }
 
 
@@ -274,11 +276,13 @@ def _example(kind: Any, size: Any) -> Any:
 def _read_loop(loop: Mapping[str, Any], made: list[fx.Node]) -> Loop:
     return Loop(
         _read_graph(loop["body"]),
-        None if loop["start"] is None else _read_graph(loop["start"]),
+        [_read_graph(g) for g in loop["starts"]],
         list(loop["dims"]),
         list(loop["squeezed"]),
-        [Collected(how, dim) for how, dim in loop["results"]],
+        [Collected(how, dim, skipped) for how, dim, skipped in loop["results"]],
         [_read_meta(m, made) for m in loop["carried"]],
+        list(loop["widths"]),
+        [(at, step) for at, step in loop["ramps"]],
     )
 
 

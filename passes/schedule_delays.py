@@ -7,6 +7,7 @@ by all that read it.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -102,6 +103,28 @@ class Schedule:
             [self.history.get(value, 0), *(self.length(v, capacity) + m for v, m in self.growing.get(value, []))]
         )
 
+    def work(self, phase: int, ticks: int) -> tuple[Any, ...]:
+        """What a program without masks does that takes so many ticks from a phase on: with equal work, it is the same.
+
+        For each op the frames that it makes, and where the frames that it reads lie among those that there are.
+        """
+        before, after = self.counts(phase), self.counts(phase + ticks)
+        done: list[Any] = []
+        for op in self.graph.ops:
+            start, stop = before[op.outputs[0]], after[op.outputs[0]]
+            done.append(max(stop - start, 0))
+            if stop > start:
+                done.append(start % self.upsampled)
+                done += [
+                    (r.taps.lo(start) - before[r.source], r.taps.hi(stop - 1) - before[r.source]) for r in op.reads
+                ]
+        return *done, *(max(after[v] - before[v], 0) for v in self.graph.inputs)
+
+    @functools.cached_property
+    def upsampled(self) -> int:
+        """The least number by which frames can be counted on so that all upsampling begins anew."""
+        return math.lcm(1, *(r.taps.up for op in self.graph.ops for r in op.reads))
+
     def length(self, value: Value, n: int) -> int:
         """Frames of one value if the stream ends after `n` ticks."""
         cycles, phase = divmod(n, self.period)
@@ -111,14 +134,21 @@ class Schedule:
 def schedule_delays(graph: StreamGraph, outputs: Sequence[Value | None], waiting: bool = False) -> Schedule:
     """Drop what no output needs, then settle counts and histories (`waiting`: see `Counter`)."""
     live = _live(graph, outputs)
+    period = phases(graph, outputs)
     graph.ops = [op for op in graph.ops if op in live]
     counter = Counter(graph, waiting)
     values = [v for op in graph.ops for v in op.outputs] + graph.inputs
-    period = math.lcm(*(v.rate.denominator for v in values))
     schedule = Schedule(graph, list(outputs), period, {}, {}, 0, 0, counter)
     schedule.history, schedule.growing = _histories(schedule, values)
     schedule.settled, schedule.sequential_from = _settled(schedule)
     return schedule
+
+
+def phases(graph: StreamGraph, outputs: Sequence[Value | None]) -> int:
+    """The period: after so many ticks the same is done again."""
+    live = _live(graph, outputs)
+    values = [v for op in graph.ops if op in live for v in op.outputs] + graph.inputs
+    return math.lcm(*(v.rate.denominator for v in values))
 
 
 def _live(graph: StreamGraph, outputs: Sequence[Value | None]) -> set[Op]:

@@ -7,6 +7,7 @@ each of its output frames needs; everything about delays and buffers follows fro
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from fractions import Fraction
@@ -118,12 +119,12 @@ class Read:
     through: tuple[tuple[Value, int], ...] = ()
     everything: bool = False
 
-    @property
+    @functools.cached_property
     def ready_taps(self) -> Taps:
         """The taps that decide when an output frame is due."""
         return self.taps.widened(later=self.wait)
 
-    @property
+    @functools.cached_property
     def kept_taps(self) -> Taps:
         """The taps that decide which frames stay in history."""
         return self.taps.widened(earlier=self.keep)

@@ -9,7 +9,7 @@ buffers.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,13 +31,24 @@ class SessionProgram:
         session: takes the frames and the parts of the state, gives what is made; None if nothing is.
         results: for each output leaf which of its outputs that is; None where nothing is due.
         after: where each part of the state after comes from.
-        rooms: the shape in which each part is kept; its second dimension may be longer than the part's.
     """
 
     session: ort.InferenceSession | None
     results: tuple[Made | None, ...]
     after: tuple[Passed | Made, ...]
-    rooms: tuple[tuple[int, ...], ...]
+
+
+@dataclass(frozen=True)
+class Room:
+    """How a part of the state is kept.
+
+    Attributes:
+        shape: its second dimension may be longer than the part's.
+        order: the part's dimensions as they lie in memory, the outermost first.
+    """
+
+    shape: tuple[int, ...]
+    order: tuple[int, ...]
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,53 +76,53 @@ class Residence:
 
     def __init__(
         self,
-        programs: Mapping[int, SessionProgram],
+        programs: Sequence[SessionProgram],
         frames: Sequence[torch.Tensor],
         parts: Sequence[torch.Tensor],
+        rooms: Sequence[Room],
         groups: Sequence[int],
     ) -> None:
         """
         Args:
-            programs: by their phase.
+            programs: one for each phase.
             frames: of the shapes and dtypes that the inputs have.
             parts: likewise, of the state.
+            rooms: how each part is kept.
             groups: for each part which history or state it belongs to.
         """
         self.programs = programs
         self.frames = [torch.zeros_like(x, memory_format=torch.contiguous_format) for x in frames]
         self.frame_values = [lend(x.numpy()) for x in self.frames]
         self.groups = tuple(groups)
-        self.shapes = [x.shape for x in parts]
-        rooms = next(iter(programs.values())).rooms
-        parts = [x.new_zeros(room) for x, room in zip(parts, rooms, strict=True)]
-        self.buffers: list[torch.Tensor] = []
-        self.values: list[ort.OrtValue] = []
+        self.buffers: list[torch.Tensor] = []  # as the parts that lie in them
+        self.values: list[ort.OrtValue] = []  # as they lie
         self.rings: dict[int, list[int]] = {}
-        for part, group in zip(parts, groups, strict=True):
-            self._buffer(group, part)
-        last = dict(zip(groups, parts, strict=True))
-        for group, part in last.items():
+        for group, part, room in zip(groups, parts, rooms, strict=True):
+            self._buffer(group, part, room)
+        last = {group: (part, room) for group, part, room in zip(groups, parts, rooms, strict=True)}
+        for group, kept in last.items():
             new = max(
-                sum(isinstance(a, Made) and g == group for a, g in zip(p.after, groups, strict=True))
-                for p in programs.values()
+                sum(isinstance(a, Made) and g == group for a, g in zip(p.after, groups, strict=True)) for p in programs
             )
             for _ in range(new):
-                self._buffer(group, part)
+                self._buffer(group, *kept)
         self.outputs: dict[tuple[int, int], tuple[torch.Tensor, ort.OrtValue]] = {}
         self.ways: dict[tuple[int, tuple[int, ...]], tuple[ort.IOBinding, Resident]] = {}
         self.live: tuple[Resident | None, Resident | None] = None, None
 
-    def _buffer(self, group: int, like: torch.Tensor) -> None:
+    def _buffer(self, group: int, part: torch.Tensor, room: Room) -> None:
         self.rings.setdefault(group, []).append(len(self.buffers))
-        self.buffers.append(torch.zeros_like(like, memory_format=torch.contiguous_format))
-        self.values.append(lend(self.buffers[-1].numpy()))
+        memory = part.new_zeros([room.shape[d] for d in room.order])
+        whole = memory.permute([room.order.index(d) for d in range(len(room.order))])
+        self.buffers.append(whole if whole.shape == part.shape else whole.narrow(1, 0, part.shape[1]))
+        self.values.append(lend(memory.numpy()))
 
     def load(self, parts: Sequence[torch.Tensor]) -> Resident:
         """Take in a state."""
         places = {group: iter(ring) for group, ring in self.rings.items()}
         at = tuple(next(places[g]) for g in self.groups)
         for i, part in zip(at, parts, strict=True):
-            _within(self.buffers[i], part.shape).copy_(part)
+            self.buffers[i].copy_(part)
         state = Resident(self, at)
         self.live = state, None
         return state
@@ -120,7 +131,7 @@ class Residence:
         """Copies of all parts of a state."""
         if not any(state is s for s in self.live):
             raise AssertionError("a state of long ago")
-        return tuple(_within(self.buffers[i], shape).clone() for i, shape in zip(state.at, self.shapes, strict=True))
+        return tuple(self.buffers[i].clone(memory_format=torch.contiguous_format) for i in state.at)
 
     def step(self, phase: int, frames: Sequence[torch.Tensor], state: Resident) -> tuple[list[Any], Resident]:
         """The outputs, which are the caller's, and the state after; None where nothing is due."""
@@ -173,8 +184,3 @@ class Residence:
             newest[group] = free
             after.append(free)
         return tuple(after)
-
-
-def _within(buffer: torch.Tensor, shape: torch.Size) -> torch.Tensor:
-    """A part in its buffer."""
-    return buffer if buffer.shape == shape else buffer.narrow(1, 0, shape[1])

@@ -118,3 +118,24 @@ def test_einstein_sums_are_products_of_matrices(equation):
     ops = {n.target for n in step.compiled.program(Key(0, 1, frames=True, apart=True, kernels=False)).graph.nodes}
     assert torch.ops.aten.einsum.default not in ops
     assert ops & {torch.ops.aten.mm.default, torch.ops.aten.bmm.default}
+
+
+@pytest.mark.parametrize("backend", ["eager", "onnxruntime"])
+def test_gradients_of_frames_through_frozen_weights(backend):
+    """Torch's own kernels have no gradients, nor has another backend: a step that is asked for them does without."""
+    torch.manual_seed(0)
+    layers = nn.Conv3d(3, 16, 3, padding=1), nn.ReLU(), nn.Conv3d(16, 8, 3, padding=(0, 1, 1))
+    model = nn.Sequential(*layers).eval().requires_grad_(False)
+    clip = torch.randn(1, 3, 9, 20, 20, requires_grad=True)
+    step = cofx.compile(model, clip.detach(), backend=backend)
+    with torch.no_grad():
+        for x in clip[:, :, :4].unbind(2):
+            step.forward_step(x)
+    step.clean_state()
+    got = [step.forward_step(x) for x in clip.unbind(2)]
+    want = model(clip)
+    for i, y in enumerate(got[step.delay :]):
+        found, expected = (torch.autograd.grad(z.sum(), clip, retain_graph=True)[0] for z in (y, want[:, :, i]))
+        torch.testing.assert_close(found, expected)
+    with torch.no_grad():
+        assert not step.forward_step(clip[:, :, 0]).requires_grad

@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -395,3 +396,57 @@ def test_a_number_that_is_none_is_the_same_at_every_length() -> None:
     model = Of(lambda m, x: m.conv(torch.where(x > 1, torch.nan, x)).nan_to_num(), conv=nn.Conv1d(3, 2, 3))
     step = cofx.compile(model, X)
     assert step.equivalence == "stream" and step.verify(X).exact
+
+
+def test_a_number_that_numpy_makes_of_the_length_is_none_of_a_stream() -> None:
+    """The trace takes it for a constant: it was the traced clip's at every length."""
+    model = Of(lambda m, x: x / torch.from_numpy(np.array([float(x.shape[2])], dtype=np.float32)))
+    step = cofx.compile(model, X[:, :, :8])
+    assert step.equivalence == "clip" and step.verify(X).exact
+
+
+def test_positions_that_numpy_makes_stream() -> None:
+    """The cumulative layer norm of Conv-TasNet counts its entries so."""
+
+    def forward(m: nn.Module, x: torch.Tensor) -> torch.Tensor:
+        count = torch.from_numpy(np.arange(3, 3 * (x.shape[2] + 1), 3)).type(x.type())
+        return x - x.sum(1).cumsum(1).div(count.view(1, -1).expand_as(x[:, 0])).unsqueeze(1)
+
+    step = cofx.compile(Of(forward), X[:, :, :8])
+    assert step.equivalence == "stream" and step.verify(X).exact
+
+
+def test_spectra_back_to_the_length_of_the_input_end_anywhere() -> None:
+    def forward(m: nn.Module, x: torch.Tensor) -> torch.Tensor:
+        window = torch.hann_window(16)
+        spectra = torch.stft(x, 16, 4, window=window, return_complex=True)
+        return torch.istft(spectra * spectra.abs().sigmoid(), 16, 4, window=window, length=x.shape[-1])
+
+    x = torch.randn(2, 99)
+    step = cofx.compile(Of(forward), x[:, :64], time_dim=1)
+    assert step.equivalence == "stream"
+    assert all(step.verify(x[:, :n]).exact for n in (64, 97, 98, 99))
+
+
+def test_a_length_that_is_rounded_up_to_strides_is_followed() -> None:
+    """Demucs pads to a valid length: at lengths that are as far from one the model does the same."""
+
+    def forward(m: nn.Module, x: torch.Tensor) -> torch.Tensor:
+        length = x.shape[-1]
+        frames = math.ceil((math.ceil((length - 8) / 4) + 1 - 8) / 4) + 1
+        y = m.down(m.down(F.pad(x, (0, int(((frames - 1) * 4 + 8 - 1) * 4 + 8) - length))))
+        for _ in range(2):
+            y = m.up(y[..., : y.shape[-1]])
+        return y[..., :length]
+
+    model = Of(forward, down=nn.Conv1d(3, 3, 8, 4), up=nn.ConvTranspose1d(3, 3, 8, 4))
+    step = cofx.compile(model, torch.randn(1, 3, 64))
+    assert step.equivalence == "stream"
+    assert all(step.verify(torch.randn(1, 3, n)).exact for n in (80, 128))
+
+
+def test_a_net_with_too_many_phases_is_recomputed_over_clips() -> None:
+    pools = nn.Sequential(*(nn.AvgPool1d(k, ceil_mode=True) for k in (125, 27, 11)))
+    step = cofx.compile(Of(lambda m, x: m.conv(m.pools(x)).mean(2), pools=pools, conv=nn.Conv1d(3, 2, 3, padding=1)),
+                        torch.randn(1, 3, 125 * 27 * 11 * 2))  # fmt: skip
+    assert (step.equivalence, step.compiled.plan.schedule.period) == ("clip", 1)

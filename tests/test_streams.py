@@ -4,8 +4,10 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from torch import nn
 
-from cofx.passes.codegen.graph_module import Key
+import cofx
+from cofx.passes.codegen.graph_module import Key, generate
 from contract import compile_case
 from models import SAMPLES
 from oracle import Oracle
@@ -31,3 +33,19 @@ def test_programs_do_not_grow_with_chunk_or_batch(name: str) -> None:
     period = model.plan.schedule.period
     assert len({len(model.program(Key(0, period * n)).module.graph.nodes) for n in (8, 9, 32, 100)}) == 1
     assert model.open_batch
+
+
+@torch.no_grad()
+def test_phases_in_which_the_same_is_done_share_a_program() -> None:
+    net = nn.Sequential(nn.Conv1d(1, 3, 16, 8), nn.ReLU(), nn.ConvTranspose1d(3, 2, 4, 2), nn.Conv1d(2, 2, 3, 3)).eval()
+    step = cofx.compile(net, torch.randn(1, 1, 96))
+    assert step.verify(torch.randn(1, 1, 200)).exact
+    compiled = step.compiled
+    period, made = compiled.plan.schedule.period, {}
+    for phase in range(period):
+        program = compiled.program(Key(phase, 1))
+        alone = generate(compiled.plan, Key(phase, 1), torch.device("cpu"))
+        assert program.module.code == alone.module.code and program.outputs == alone.outputs
+        assert all(torch.equal(program.tensors[name], tensor) for name, tensor in alone.tensors.items())
+        made[id(program.module)] = program
+    assert len(made) <= 6 < period

@@ -127,7 +127,7 @@ def _fits(value: Any, kind: str) -> bool:
         if value is None:
             return True
     if kind.startswith("List["):
-        inner = kind[len("List[") : -1]
+        inner = kind[len("List[") : -1].removeprefix("Optional[").removesuffix("]")  # (None in a list is not taken)
         return isinstance(value, (tuple, list)) and all(_fits(v, inner) for v in value)
     if kind == "Tensor":
         return isinstance(value, fx.Node) and not _number(value)

@@ -28,7 +28,7 @@ from .rows import from_rows, to_rows
 
 aten = torch.ops.aten
 
-LARGE = 1 << 13  # bytes of a frame from which on moving it takes longer than a call
+LARGE = 1 << 12  # bytes of a frame from which on moving it takes longer than a call
 FEW = 64  # positions up to which one product of all taps takes less than one for each
 MOST = 32  # frames of a history that are kept one by one
 
@@ -226,12 +226,12 @@ class Apart:
     def _rows(self, frames: Sequence[fx.Node], weight: fx.Node, bias: fx.Node | None, size: Sequence[int]) -> fx.Node:
         """All taps as one product, with a row for each position: (positions, taps * in) x (taps * in, out)."""
         out, channels = self.sizes[weight][:2]
-        rows = [to_rows(self._call, x, channels, [1] * len(size[3:])) for x in frames]
+        rows = to_rows(self._call, frames, channels, [1] * len(size[3:]))
         name = self.derive(weight, "rows of taps", lambda w: w.flatten(2).permute(2, 1, 0).flatten(0, 1).contiguous())
         assert name is not None
-        joined, turned = self._call(aten.cat.default, rows, 1), self._attribute(name)
+        turned = self._attribute(name)
         product = (aten.mm.default,) if bias is None else (aten.addmm.default, self.plain(bias))
-        return from_rows(self._call, self._call(*product, joined, turned), size[3:], out)
+        return from_rows(self._call, self._call(*product, rows, turned), size[3:], out)
 
     def _tap(self, weight: fx.Node, i: int) -> fx.Node:
         name = self.derive(weight, f"tap {i}", lambda w: w.select(2, i).contiguous())

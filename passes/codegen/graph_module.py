@@ -419,22 +419,29 @@ class Builder:
     def loop(self, loop: Loop, args: list[Any], node: fx.Node) -> list[Any]:
         """A loop over all frames of whole clips."""
         streams = args[: len(loop.dims)]
-        state = [] if loop.start else args[len(streams) : len(streams) + len(loop.carried)]
+        state = [] if loop.starts else args[len(streams) : len(streams) + len(loop.carried)]
         given = args[len(streams) + len(state) :]
         collected: list[list[Any]] = [[] for _ in loop.results]
-        length = node.meta["samples"][0]["0"].meta["sizes"][0][loop.dims[0]]
+        length = node.meta["samples"][0]["0"].meta["sizes"][0][loop.dims[0]] // loop.widths[0]
         for t in range(length):
             frames = [
-                self.aten("select.int", x, d, t) if squeezed else self.narrow(x, d, t, 1)
-                for x, d, squeezed in zip(streams, loop.dims, loop.squeezed, strict=True)
+                self.aten("select.int", x, d, i) if squeezed else self.narrow(x, d, i * w, w)
+                for i in (range(t + 1) if t < len(loop.starts) else range(t, t + 1))
+                for x, d, squeezed, w in zip(streams, loop.dims, loop.squeezed, loop.widths, strict=True)
             ]
-            if t == 0 and loop.start is not None:
-                after = self.inline(loop.start, [*frames, *given])
+            if t < len(loop.starts):
+                after = self.inline(loop.starts[t], [*frames, *given])
+                made = loop.of_start(t, after)
             else:
-                after = self.inline(loop.body, [*frames, *state, *given])
-            state = after[: len(loop.carried)]
-            for part, value in zip(collected, after[len(loop.carried) :], strict=True):
-                part.append(value)
+                ramps = [
+                    self.constant(at + t * step, dtype)
+                    for (at, step), dtype in zip(loop.ramps, loop.ramp_dtypes(), strict=True)
+                ]
+                after = self.inline(loop.body, [*frames, *ramps, *state, *given])
+                made = list(enumerate(after[len(loop.carried) :]))
+            state = after[: len(loop.carried)] if t + 1 >= len(loop.starts) else []
+            for i, value in made:
+                collected[i].append(value)
         return [
             part[-1] if r.how == "last" else self.aten(f"{r.how}.default", part, r.dim)
             for part, r in zip(collected, loop.results, strict=True)

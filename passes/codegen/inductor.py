@@ -162,7 +162,7 @@ class _Loops:
 
     def _product(self, x: fx.Node, weight: torch.Tensor, out: Sequence[int], stride: list[int]) -> fx.Node:
         """Pixels times weights: (pixels, in) x (in, out)."""
-        rows = to_rows(self._call, x, weight.shape[1], stride)
+        rows = to_rows(self._call, [x], weight.shape[1], stride)
         found = self._call(aten.mm.default, rows, self._hold(weight.flatten(1).t()))
         return from_rows(self._call, found, out[2:], out[1])
 

@@ -115,7 +115,7 @@ class Pictures:
         call, x = self.lowering.call, given["input"]
         picture = [-(-size // step) for size, step in zip(self.size[x][2:], stride, strict=True)]
         turned = self.lowering.derived("pixels", [weight], lambda: weight.flatten(1).t().contiguous())
-        rows = to_rows(call, x, weight.shape[1], stride)
+        rows = to_rows(call, [x], weight.shape[1], stride)
         if given["bias"] is None:
             found = call(aten.mm.default, rows, turned)
         else:

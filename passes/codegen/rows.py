@@ -12,13 +12,16 @@ aten = torch.ops.aten
 Call = Callable[..., fx.Node]  # (op, *arguments) -> a node of the graph in the making
 
 
-def to_rows(call: Call, frame: fx.Node, channels: int, stride: Sequence[int]) -> fx.Node:
-    """(batch, channels, positions...) -> (batch * positions, channels), of every so many-th position."""
-    for axis, step in enumerate(stride, 2):
-        if step > 1:
-            frame = call(aten.slice.Tensor, frame, axis, 0, 1 << 40, step)
-    last = call(aten.permute.default, frame, [0, *range(2, len(stride) + 2), 1])
-    return call(aten.reshape.default, last, [-1, channels])
+def to_rows(call: Call, frames: Sequence[fx.Node], channels: int, stride: Sequence[int]) -> fx.Node:
+    """(batch, channels, positions...) each -> (batch * positions, frames * channels), of every so many-th position."""
+    last = []
+    for frame in frames:
+        for axis, step in enumerate(stride, 2):
+            if step > 1:
+                frame = call(aten.slice.Tensor, frame, axis, 0, 1 << 40, step)
+        last.append(call(aten.permute.default, frame, [0, *range(2, len(stride) + 2), 1]))
+    beside = last[0] if len(last) == 1 else call(aten.cat.default, last, len(stride) + 1)
+    return call(aten.reshape.default, beside, [-1, len(last) * channels])
 
 
 def from_rows(call: Call, rows: fx.Node, positions: Sequence[int], channels: int) -> fx.Node:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import tempfile
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -14,58 +15,109 @@ import torch
 from torch import fx, nn
 
 from ...runtime.errors import InputError
-from ...runtime.program import Made, Passed
+from ...runtime.program import Made, Passed, Program
 from .channels import pad_channels
 from .lower import shapes_of
 from .onnx import LARGEST, OPSET, onnx_model
+from .orders import Order, Orders
 
 aten = torch.ops.aten
 
 if TYPE_CHECKING:
     import onnxruntime as ort
 
-    from ...runtime.resident import SessionProgram
+    from ...runtime.resident import Room, SessionProgram
     from ..pipeline import Plan
 
 
-def compile_session(
-    plan: Plan,
-    graph: fx.Graph,
-    tensors: Mapping[str, torch.Tensor],
-    arguments: Sequence[torch.Tensor],
-    frames: int,
-    alone: bool,
-) -> SessionProgram:
-    """A program as a session of ONNX Runtime, for arguments of just these shapes.
+def compile_sessions(
+    plan: Plan, programs: Sequence[Program], arguments: Sequence[torch.Tensor], frames: int, groups: Sequence[int]
+) -> tuple[list[SessionProgram], list[Room]]:
+    """The programs of a step as sessions of ONNX Runtime, for arguments of just these shapes, and how state is kept.
 
     Args:
-        plan: what it is the program of, for error messages.
-        graph: ``(frames..., parts of the state...) -> (outputs, parts of the state after)``.
-        tensors: what its get_attr nodes name.
+        plan: what they are the programs of, for error messages.
+        programs: one for each phase, all on the same state:
+            ``(frames..., parts of the state...) -> (outputs, parts of the state after)``.
         arguments: of the shapes and dtypes in question.
         frames: how many of them are not state.
-        alone: no other program works on the same state.
+        groups: for each part which history or state it belongs to.
 
     Raises:
         OnnxError: an op has no ONNX form.
         InputError: ONNX Runtime has no kernel for an op, or no arrays of a type.
         ImportError: onnxruntime, onnx or onnxscript is not installed.
     """
-    from ...runtime.resident import SessionProgram
+    from ...runtime.resident import Room, SessionProgram
 
-    copy, tensors = fx.Graph(), dict(tensors)
-    copy.output(copy.graph_copy(graph, {}))
-    parts = [n for n in copy.nodes if n.op == "placeholder"][frames:]
-    sizes = shapes_of(copy, tensors, [(tuple(x.shape), x.dtype) for x in arguments])
-    channels = pad_channels(copy, sizes, tensors, parts) if alone else {}
-    kept = zip(parts, arguments[frames:], strict=True)
-    given = [*arguments[:frames], *(_with_channels(x, channels.get(n)) for n, x in kept)]
-    results, sources = split_results(copy, parts)
-    rooms = tuple(tuple(x.shape) for x in given[frames:])
-    if not copy.output_node().args[0]:
-        return SessionProgram(None, results, sources, rooms)
-    model = onnx_model(plan, as_module(copy, tensors), given, opset_version=OPSET)
-    return SessionProgram(_session(model), results, sources, rooms)
+    made = [_Phase(p, arguments, frames, alone=len(programs) == 1) for p in programs]
+    orders = _orders(made, groups)
+    sessions = []
+    for phase in made:
+        phase.turn(orders)
+        session = None
+        if phase.graph.output_node().args[0]:
+            step = as_module(phase.graph, phase.tensors)
+            session = _session(onnx_model(plan, step, phase.examples, opset_version=OPSET))
+        sessions.append(SessionProgram(session, phase.results, phase.after))
+    return sessions, [Room(shape, order) for shape, order in zip(made[0].rooms, orders, strict=True)]
+
+
+class _Phase:
+    """A program on its way to a session."""
+
+    def __init__(self, program: Program, arguments: Sequence[torch.Tensor], frames: int, alone: bool) -> None:
+        """
+        Args:
+            program: of one phase.
+            arguments: examples.
+            frames: how many of them are not state.
+            alone: no other program works on the same state.
+        """
+        self.graph, self.tensors = fx.Graph(), dict(program.tensors)
+        self.graph.output(self.graph.graph_copy(program.graph, {}))
+        self.parts = [n for n in self.graph.nodes if n.op == "placeholder"][frames:]
+        shapes = [(tuple(x.shape), x.dtype) for x in arguments]
+        sizes = shapes_of(self.graph, self.tensors, shapes)
+        channels = pad_channels(self.graph, sizes, self.tensors, self.parts) if alone else {}
+        kept = zip(self.parts, arguments[frames:], strict=True)
+        self.examples = [*arguments[:frames], *(_with_channels(x, channels.get(n)) for n, x in kept)]
+        self.rooms = [tuple(x.shape) for x in self.examples[frames:]]
+        self.results, self.after = split_results(self.graph, self.parts)
+        self.sizes = shapes_of(self.graph, self.tensors, [(tuple(x.shape), x.dtype) for x in self.examples])
+        self.frames = frames
+
+    def natural(self) -> dict[int, Order]:
+        """For the parts of the state that it makes, the order of dimensions in which each comes about."""
+        nothing = [None] * len(self.graph.output_node().args[0])  # type: ignore[arg-type]
+        natural = Orders(self.graph, self.sizes, self.tensors, {}, nothing).natural
+        return {i: natural[a.number] for i, a in enumerate(self.after) if isinstance(a, Made)}
+
+    def turn(self, orders: Sequence[Order]) -> None:
+        """Let everything be computed in the order in which it comes about, with parts of the state that lie like this.
+
+        Args:
+            orders: of the dimensions of each part.
+        """
+        given = dict(zip(self.parts, orders, strict=True))
+        wanted: list[Order | None] = [None] * len(self.graph.output_node().args[0])  # type: ignore[arg-type]
+        for made, order in zip(self.after, orders, strict=True):
+            if isinstance(made, Made):
+                wanted[made.number] = order
+        turned = Orders(self.graph, self.sizes, self.tensors, given, wanted)
+        self.graph, self.tensors = turned.graph, turned.tensors
+        kept = zip(self.examples[self.frames :], orders, strict=True)
+        self.examples[self.frames :] = [x.permute(order).contiguous() for x, order in kept]
+
+
+def _orders(phases: Sequence[_Phase], groups: Sequence[int]) -> list[Order]:
+    """For each part the order in which most of its group come about."""
+    found: dict[int, Counter[Order]] = {}
+    for phase in phases:
+        for part, order in phase.natural().items():
+            found.setdefault(groups[part], Counter())[order] += 1
+    plain = [tuple(range(len(room))) for room in phases[0].rooms]
+    return [found[g].most_common(1)[0][0] if g in found else order for g, order in zip(groups, plain, strict=True)]
 
 
 def _session(model: Any) -> ort.InferenceSession:

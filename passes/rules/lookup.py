@@ -154,6 +154,82 @@ def scatter(call: Call) -> Fact:
     return call.emit(x.layout, [read(v) for v in values], length_of=[x], lower=lower, nodes=nodes)
 
 
+@rule(*overloads("index_put.default _unsafe_index_put.default"))
+def index_put(call: Call) -> Fact:
+    """``x[x < 0] = 0``, or ``x[:, channels] = ...``: entries of frames overwritten."""
+    args = call.samples[0]
+    x, indices, written = call.maybe("self"), list(args["indices"]), args["values"]
+    mask = indices[0]
+    if len(indices) == 1 and mask is not None and mask.meta["val"].dtype == torch.bool:
+        call.require(written.meta["val"].numel() == 1 and not call.arg("accumulate", False), "a number for each entry")
+        call.require(isinstance(call.fact(written), Static), "what is written depends on time")
+        return _where(call, mask, written)
+    at = [i for i, n in enumerate(indices) if n is not None]
+    given = [indices[i] for i in at]
+    call.require(x is not None and at == list(range(at[0], at[-1] + 1)), "frames of something without time are written")
+    assert x is not None
+    fixed = all(isinstance(call.fact(n), Static) and n.meta["val"].dtype != torch.bool for n in given)
+    call.require(fixed, "indices that depend on time")
+    call.require(x.layout.time not in at, "chosen frames of the clip are overwritten")
+    into = Layout(
+        (
+            *x.layout.dims[: at[0]],
+            *_broadcast([call.static_layout(n) for n in given], call),
+            *x.layout.dims[at[-1] + 1 :],
+        )
+    )
+    new = call.fact(written)
+    if isinstance(new, Value):
+        call.require(new.layout == into, "what is written has another shape")
+        return call.framewise(x.layout, [x, new])
+    lying = len(written.meta["val"].shape) - (len(into) - into.time)
+    call.require(lying < 0 or written.meta["val"].shape[lying] == 1, "what is written lies along the time axis")
+    return call.framewise(x.layout, [x])
+
+
+def _where(call: Call, mask: Any, written: Any) -> Fact:
+    """``x[mask] = number`` as a choice."""
+    node = call.samples[0]["self"]
+    facts = {n: call.ungroup(f) for n in (node, mask) if isinstance(f := call.facts[n], Value)}
+    more = node.meta["val"].dim() - mask.meta["val"].dim()
+    call.require(
+        len({v.layout.time for v in facts.values()}) == 1, "time lies in different dimensions of its arguments"
+    )
+    time = next(iter(facts.values())).layout.time
+    for n in (node, mask):
+        lying = n not in facts and time < n.meta["val"].dim() and n.meta["val"].shape[time] != 1
+        call.require(not lying, "something without time lies along the time axis")
+    whole = facts.get(node)
+    call.require(whole is not None, "frames of something without time are written")
+    assert whole is not None
+
+    def lower(b: Any, op: Op, windows: list[Window], span: range, _: Any) -> Any:
+        given = dict(zip(facts, windows, strict=True))
+        where = given[mask].node if mask in given else b.static(mask)
+        for _i in range(more):
+            where = b.aten("unsqueeze.default", where, -1)
+        return b.aten("where.self", where, b.static(written), given[node].node)
+
+    return call.framewise(whole.layout, list(facts.values()), lower)
+
+
+@rule(*overloads("index_fill.int_Scalar index_fill.int_Tensor index_copy.default index_add.default"))
+def index_fill(call: Call) -> Fact:
+    """Chosen entries of a dimension overwritten or added to."""
+    x = call.stream("self")
+    axis = call.arg("dim") % len(x.layout)
+    call.require(axis != x.layout.time, "chosen frames of the clip are overwritten")
+    call.require(isinstance(call.fact(call.samples[0]["index"]), Static), "indices that depend on time")
+    others = [v for v in call.streams if v is not x]
+    call.require(
+        all(v.layout.time == x.layout.time for v in others), "time lies in different dimensions of its arguments"
+    )
+    source = call.samples[0].get("source")
+    fixed = source is not None and not isinstance(call.fact(source), Value)
+    call.require(not fixed, "its source does not depend on time but others do")
+    return call.framewise(x.layout)
+
+
 @rule(*overloads("bucketize.Tensor searchsorted.Tensor"))
 def bucketize(call: Call) -> Fact:
     """Between which boundaries each entry lies."""

@@ -6,15 +6,16 @@ to exist; the last frames, or frames at a fixed place, belong to a clip.
 
 from __future__ import annotations
 
+import itertools
 import sys
 from typing import Any
 
 import torch
-from torch import nn
+from torch import fx, nn
 
 from ..errors import NonLocal
 from ..layout import TIME, Sizes, dim
-from ..registry import Call, Fact, Head, Sample, Tail, overloads, rule
+from ..registry import Call, Fact, Head, Rolled, Sample, Tail, overloads, rule
 from ..schedule import Taps
 from ..stream_graph import Constant, Value, read
 from .join import beside
@@ -37,10 +38,13 @@ def constant(values: Sizes) -> int | None:
     return values[0] if len(set(values)) == 1 else None
 
 
-@rule(*overloads("slice.Tensor narrow.default slice_copy.Tensor"))
+@rule(*overloads("slice.Tensor narrow.default slice_copy.Tensor"), takes_rolled=True)
 def slice_(call: Call) -> Fact:
     """``x[start:end:step]`` of one dimension."""
     narrow = "narrow" in call.node.target._schema.name  # type: ignore[union-attr]
+    rolled = call.fact(call.samples[0]["self"])
+    if isinstance(rolled, Rolled):
+        return part(call, *_without_wrapped(call, rolled, narrow), 1)
     x = call.maybe("self")
     if x is None:
         return _table(call, narrow)
@@ -132,11 +136,24 @@ def split(call: Call) -> Fact:
     """A dimension parted into several results."""
     x = call.stream("self")
     axis = call.arg("dim", 0) % len(x.layout)
-    call.require(axis != x.layout.time, "the time axis is split into parts of the clip")
+    if axis == x.layout.time:
+        return _split_in_time(call)
     if "unbind" in call.node.target._schema.name:  # type: ignore[union-attr]
         return call.framewise([x.layout.replace(axis)] * len(call.sizes[0]))
     layouts = [x.layout.replace(axis, dim(size[axis])) for size in call.sizes[0]]
     return call.framewise(layouts)
+
+
+def _split_in_time(call: Call) -> Fact:
+    """The clip parted at fixed places, counted from its start or its end, as ``split([n - 1, 1])`` does."""
+    x = call.stream("self", clean=True)
+    parts = [tuple(s[i][x.layout.time] for s in call.sizes) for i in range(len(call.sizes[0]))]
+    name = call.node.target._schema.name  # type: ignore[union-attr]
+    moving = [p for p in parts if constant(p) is None]
+    call.require("unbind" not in name and len(moving) == 1, "the time axis is split into parts of the clip")
+    ends = list(itertools.accumulate(parts, lambda a, b: tuple(i + j for i, j in zip(a, b, strict=True))))
+    starts = [(0,) * len(x.lengths), *ends[:-1]]
+    return tuple(part(call, x, start, end, 1) for start, end in zip(starts, ends, strict=True))
 
 
 @rule(aten.diff.default, takes_edges=True)
@@ -175,11 +192,57 @@ def index_select(call: Call) -> Fact:
     return call.framewise(x.layout.replace(axis, call.resized(x, axis)))
 
 
+def _without_wrapped(call: Call, rolled: Rolled, narrow: bool) -> tuple[Value, Sizes, Sizes]:
+    """A part of a rotated stream in which nothing has come in at the other end."""
+    x = rolled.of
+    call.require(call.arg("dim", 0) % len(x.layout) == x.layout.time, rolled.reason)
+    starts, ends, step = _bounds(call, x.lengths, narrow)
+    first, cut = constant(starts), constant(tuple(n - e for n, e in zip(x.lengths, ends, strict=True)))
+    call.require(step == 1 and first is not None and cut is not None, rolled.reason)
+    assert first is not None and cut is not None
+    call.require(first >= rolled.shift and cut >= -rolled.shift, rolled.reason)
+    return call.view(x, -rolled.shift, lambda n: n, Constant(0.0)), starts, ends
+
+
+def _overwritten_ends(call: Call, rolled: Rolled) -> Fact:
+    """A rotated stream of which just what has come in at the other end is overwritten by a number."""
+    x, shift = rolled.of, rolled.shift
+    call.require(call.arg("dim", 0) % len(x.layout) == x.layout.time, rolled.reason)
+    if "index" in call.samples[0]:
+        starts: Sizes = tuple(i % n for i, n in zip(call.sampled("index"), x.lengths, strict=True))
+        ends: Sizes = tuple(s + 1 for s in starts)
+    else:
+        starts, ends, step = _bounds(call, x.lengths, narrow=False)
+        call.require(step == 1, rolled.reason)
+    wrapped = [(0, shift) if shift > 0 else (n + shift, n) for n in x.lengths]
+    call.require(list(zip(starts, ends, strict=True)) == wrapped, rolled.reason)
+    number = _number(call, call.samples[0]["src"])
+    call.require(number is not None, rolled.reason)
+    assert number is not None
+    return call.view(x, -shift, lambda n: n, Constant(number))
+
+
+def _number(call: Call, node: fx.Node) -> float | None:
+    """The number that stands everywhere in a tensor without time, if it is known when compiling."""
+    while not call.constants.known(node):
+        if node.target is aten.full.default:
+            return float(node.meta["samples"][0]["fill_value"])
+        if node.target not in (aten.expand.default, aten.reshape.default):
+            return None
+        node = node.all_input_nodes[0]
+    value = call.constants.value(node)
+    return float(value.flatten()[0]) if value.numel() and bool((value == value.flatten()[0]).all()) else None
+
+
 @rule(*overloads("flip.default roll.default"))
 def flip(call: Call) -> Fact:
     """A dimension turned around or rotated."""
     x = call.stream("self")
     dims = [d % len(x.layout) for d in call.arg("dims") or ()]
+    if "shifts" in call.samples[0] and dims == [x.layout.time] and x.layout.clean:
+        (shift,) = call.arg("shifts")
+        call.require(0 < abs(shift) < min(x.lengths), "the time axis is turned around")
+        return Rolled("the time axis is turned around", of=x, shift=shift)
     call.require(bool(dims) and x.layout.time not in dims, "the time axis is turned around")
     return call.framewise(x.layout)
 
@@ -199,9 +262,11 @@ def _first(call: Call) -> Any:
     return size[0] if isinstance(size[0], tuple) else size
 
 
-@rule(*overloads("select_scatter.default"))
+@rule(*overloads("select_scatter.default"), takes_rolled=True)
 def select_scatter(call: Call) -> Fact:
     """``x[index] = src``: in another dimension than time, framewise; in time, something static at a fixed frame."""
+    if isinstance(rolled := call.fact(call.samples[0]["self"]), Rolled):
+        return _overwritten_ends(call, rolled)
     x, src = call.maybe("self"), call.maybe("src")
     axis = call.arg("dim")
     if x is None:
@@ -251,9 +316,11 @@ def _overwritten(call: Call, x: Value, frames: range, squeezed: bool) -> Fact:
     )
 
 
-@rule(*overloads("slice_scatter.default"))
+@rule(*overloads("slice_scatter.default"), takes_rolled=True)
 def slice_scatter(call: Call) -> Fact:
     """``x[start:end] = src``: in another dimension than time, framewise; in time, a choice by frame index."""
+    if isinstance(rolled := call.fact(call.samples[0]["self"]), Rolled):
+        return _overwritten_ends(call, rolled)
     x, src = call.maybe("self"), call.maybe("src")
     any_ = x or src
     assert any_ is not None

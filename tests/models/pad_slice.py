@@ -70,6 +70,26 @@ def conv3():
     return nn.Conv1d(3, 2, 3)
 
 
+def rolled_from_the_past(m, x):
+    moved = torch.roll(x, 2, 2)
+    moved[:, :, :2] = 0
+    return m.conv(x + moved)
+
+
+def rolled_from_ahead(m, x):
+    moved = torch.roll(x, shifts=-1, dims=-1)
+    moved[:, :, -1] = 1.5
+    return m.conv(x * moved)
+
+
+def overwritten(m, x):
+    y = m.conv(x)
+    y[y < -0.5] = 0.25
+    y[:, [1, 4]] = 0.0
+    y[:, torch.tensor([0, 2])] = x[:, 2:4]
+    return y.index_fill(1, torch.tensor([5]), 2.0)
+
+
 SAMPLES = [
     net("pad_causal", lambda m, x: m.conv(F.pad(x, (2, 0))), conv=conv3),
     net("pad_value_asymmetric", lambda m, x: m.conv(F.pad(x, (1, 3), value=-1.5)), conv=conv3),
@@ -142,6 +162,13 @@ SAMPLES = [
     Sample("cat_learned_start", LearnedStart, (2, 3, 10)),
     net("roll_channels", lambda m, x: m.conv(x.roll(1, 1)) + x.roll(shifts=-1, dims=1)[:, :2, 2:], conv=conv3),
     net("roll_time", lambda m, x: m.conv(x.roll(2, 2)), shape=(1, 3, 7), fields={"kind": "clip"}, conv=conv3),
+    net("roll_time_from_the_past", rolled_from_the_past, conv=conv3),
+    net("roll_time_from_ahead", rolled_from_ahead, conv=conv3),
+    net("roll_time_cut", lambda m, x: m.conv(x[:, :, 1:] - x.roll(1, 2)[:, :, 1:]), conv=conv3),
+    net(
+        "split_off_the_last_frame", lambda m, x: x.split([1, x.shape[2] - 1], 2)[1] - x.split([x.shape[2] - 1, 1], 2)[0]
+    ),
+    net("entries_overwritten", overwritten, conv=lambda: nn.Conv1d(6, 6, 3, padding=1), shape=(2, 6, 9)),
     net("flip_channels", lambda m, x: m.conv(x.flip(1)), conv=conv3),
     net("diff", lambda m, x: m.conv(x.diff(dim=2)), conv=conv3),
     net("diff_twice", lambda m, x: torch.diff(x, n=2, dim=-1)),

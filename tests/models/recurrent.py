@@ -109,6 +109,109 @@ class ConvMemory(nn.Module):
         return torch.stack(outputs, 2)
 
 
+class Biquad(nn.Module):
+    """A filter by its recurrence: two frames of the input and of the output are handed on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.b, self.a = nn.Parameter(torch.tensor([0.2, 0.3, 0.1])), nn.Parameter(torch.tensor([-0.4, 0.2]))
+
+    def forward(self, x):
+        outputs = []
+        x1 = x2 = y1 = y2 = torch.zeros_like(x[..., 0])
+        for t in range(x.shape[-1]):
+            y = self.b[0] * x[..., t] + self.b[1] * x1 + self.b[2] * x2 - self.a[0] * y1 - self.a[1] * y2
+            outputs.append(y)
+            x1, x2, y1, y2 = x[..., t], x1, y, y1
+        return torch.stack(outputs, -1)
+
+
+class AssignedFromTheThird(nn.Module):
+    """Two frames are given, the others follow from the two before them, where they are kept."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = nn.Parameter(torch.tensor([0.4, -0.2]))
+
+    def forward(self, x):
+        y = torch.zeros_like(x)
+        y[..., 0] = x[..., 0]
+        y[..., 1] = x[..., 1] + self.a[0] * y[..., 0]
+        for t in range(2, x.shape[-1]):
+            y[..., t] = x[..., t] + self.a[0] * y[..., t - 1] + self.a[1] * y[..., t - 2]
+        return y
+
+
+class Counting(nn.Module):
+    """Welford's running mean and variance: a number in the loop is that of the frame."""
+
+    def forward(self, x):
+        mean = torch.zeros_like(x[:, 0])
+        squares, outputs = torch.zeros_like(mean), []
+        for t in range(x.shape[1]):
+            difference = x[:, t] - mean
+            mean = mean + difference / (t + 1)
+            squares = squares + difference * (x[:, t] - mean)
+            outputs.append((x[:, t] - mean) / torch.sqrt(squares / (t + 1) + 1e-3))
+        return torch.stack(outputs, 1)
+
+
+class KnownGain(nn.Module):
+    """A Kalman filter: its gain goes from frame to frame and depends on none."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.process, self.noise = nn.Parameter(torch.tensor(0.1)), nn.Parameter(torch.tensor(0.5))
+
+    def forward(self, x):
+        state = x[:, 0]
+        variance, outputs = torch.ones_like(state), [state]
+        for t in range(1, x.size(1)):
+            variance = variance + self.process.abs()
+            gain = variance / (variance + self.noise.abs())
+            state = state + gain * (x[:, t] - state)
+            variance = (1 - gain) * variance
+            outputs.append(state)
+        return torch.stack(outputs, 1)
+
+
+class AlongTheBatch(nn.Module):
+    """What a loop gives is put together along the batch, and parted again."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.cell, self.head = nn.LSTMCell(3, 4), nn.Linear(4, 2)
+
+    def forward(self, x):
+        b, outputs = x.size(0), []
+        hidden, cell = torch.zeros(b, 4), torch.zeros(b, 4)
+        for frame in x.split(1, dim=1):
+            hidden, cell = self.cell(frame.squeeze(1), (hidden, cell))
+            outputs += [self.head(hidden)]
+        return torch.cat(outputs, dim=0).view(-1, b, 2).permute(1, 0, 2)
+
+
+class Parts(nn.Module):
+    """A loop over parts of three frames."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mix = nn.Linear(3, 4)
+
+    def forward(self, x):
+        parts = [
+            torch.tanh(self.mix(x[:, i : i + 3]) + x[:, i : i + 3].mean((1, 2), True)) for i in range(0, x.shape[1], 3)
+        ]
+        return torch.cat(parts, 1)
+
+
+class Differences(nn.Module):
+    """A loop that begins with the second frame, so that it gives one less."""
+
+    def forward(self, x):
+        return torch.stack([x[:, t] - 0.5 * x[:, t - 1] for t in range(1, x.shape[1])], 1)
+
+
 class TwoCells(nn.Module):
     """A loop over unbound frames, two cells and a layer in its body."""
 
@@ -349,5 +452,12 @@ SAMPLES = [
     recurrent("sliced_frames_in_a_loop", SlicedFrames),
     recurrent("conv_lstm_loop", ConvLstm, (1, 2, 6, 4, 4), time_dim=2),
     recurrent("scan_loop", Delta),
+    recurrent("biquad_loop", Biquad, (2, 3, 8), time_dim=2),
+    recurrent("loop_from_the_third_frame_on", AssignedFromTheThird, (2, 3, 8), time_dim=2),
+    recurrent("loop_that_counts", Counting, (2, 7, 3)),
+    recurrent("loop_with_a_gain_known_beforehand", KnownGain, (2, 7, 3)),
+    recurrent("loop_put_together_along_the_batch", AlongTheBatch, (2, 6, 3)),
+    recurrent("loop_over_parts", Parts, (2, 12, 3), multiple=3, unbounded=False, lag=2),
+    recurrent("loop_that_looks_one_back", Differences, (2, 7, 3)),
     recurrent("last_of_a_loop", LastOfLoop, kind="prefix", output_time_dim=None),
 ]

@@ -244,6 +244,12 @@ SAMPLES = [
         fields={"kind": ("stream", "clip"), "output_time_dim": (2, None)},
     ),
     net("mean_joined_to_frames", lambda m, x: torch.cat([x, x.mean(2, keepdim=True).expand_as(x)], 1)),
+    net(
+        "one_frame_squeezed_away",
+        lambda m, x: m.down(x).squeeze(2),
+        fields=POOLED,
+        down=lambda: nn.Conv1d(3, 4, 7),
+    ),
     net("last_frame", lambda m, x: m.conv(x)[:, :, -1], conv=conv, fields={"or_kind": "prefix"} | POOLED),
     net("last_frames", lambda m, x: m.conv(x)[..., -3:].mean(-1), conv=conv, fields={"or_kind": "prefix"} | POOLED),
     net("half_precision_mean", lambda m, x: m.conv(x).mean(2), conv=conv, fields={"dtype": torch.bfloat16} | POOLED),
