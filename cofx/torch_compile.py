@@ -3,6 +3,7 @@
 Every call returns what ``model(window)`` returns. When a call's window is the one before moved on by some frames, only
 the new frames are computed, from the state of the call before; that they are is checked by comparing the overlap.
 Anything else (a jump, another batch, changed parameters) is computed in full, which primes the state anew.
+While one thread's call runs, those of others are computed in full beside it.
 
 Options of ``torch.compile(..., options={...})``:
 
@@ -14,6 +15,7 @@ Options of ``torch.compile(..., options={...})``:
 
 from __future__ import annotations
 
+import threading
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -109,13 +111,19 @@ class Windows:
         self.graph, self.own, self.options = graph, own, options
         self.loops: dict[Any, _Loop | None] = {}
         self.warned = False
+        self.busy = threading.Lock()
 
     def __call__(self, *given: Any) -> Any:
         tensors = [x for x in given if isinstance(x, torch.Tensor)]
         if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
             return self.graph(*given)
-        loop = self._loop(given)
-        return self.graph(*given) if loop is None else loop(given)
+        if not self.busy.acquire(blocking=False):  # by another thread
+            return self.graph(*given)
+        try:
+            loop = self._loop(given)
+            return self.graph(*given) if loop is None else loop(given)
+        finally:
+            self.busy.release()
 
     def _loop(self, given: Sequence[Any]) -> _Loop | None:
         """The loop to which this call belongs: one for every set of shapes; None if it has to be run plainly."""

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import threading
 import tomllib
 import warnings
 from pathlib import Path
@@ -123,6 +124,30 @@ def test_two_streams_in_turn_and_outputs_that_are_written_to() -> None:
             out = fast(window)
             torch.testing.assert_close(out, model(window))
             out.zero_(), window.zero_()
+
+
+def test_several_threads() -> None:
+    """Each gets what the model returns, whoever calls at the same time."""
+    model = convs()
+    fast = torch.compile(model, backend=backend)
+    fast(X[:, :, :T])
+    wrong: list[BaseException] = []
+
+    def worker(seed: int) -> None:
+        x = torch.randn(X.shape, generator=torch.Generator().manual_seed(seed))
+        try:
+            with torch.no_grad():
+                for got, wanted in zip(slide(fast, x), slide(model, x), strict=True):
+                    torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-5)
+        except BaseException as error:
+            wrong.append(error)
+
+    threads = [threading.Thread(target=worker, args=(seed,)) for seed in range(4)]
+    for t in threads:
+        t.start()
+    for t in threads:
+        t.join(60)
+    assert not wrong and not any(t.is_alive() for t in threads)
 
 
 @pytest.mark.parametrize("past_the_counter", [False, True])

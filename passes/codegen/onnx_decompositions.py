@@ -203,8 +203,8 @@ def _searchsorted(
 
 def _gcd(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     """Euclid's, for as long as numbers of so many bits can take (those of Fibonacci take longest)."""
-    a, b = a.abs(), b.abs()
-    for _ in range(math.ceil(torch.iinfo(a.dtype).bits / math.log2((1 + math.sqrt(5)) / 2))):
+    a, b, bits = a.abs(), b.abs(), torch.iinfo(torch.result_type(a, b)).bits
+    for _ in range(math.ceil(bits / math.log2((1 + math.sqrt(5)) / 2))):
         a, b = torch.where(b != 0, b, a), torch.where(b != 0, a % torch.where(b != 0, b, 1), 0)
     return a
 
