@@ -267,6 +267,12 @@ def find_reach(evaluator: Evaluator, weights: Value, scores: bool = False) -> Re
     return Reach(None if unbounded else back, ahead, frozenset(alike), limit)
 
 
+def alike(evaluator: Evaluator, value: Value, limit: int | None) -> frozenset[Value]:
+    """The values among those that a value is made from which depend on nothing but the distance of the two frames."""
+    still = (v for v in _parts(value) if not streams_of(v))
+    return frozenset(v for v in still if _by_distance(evaluator, v, limit))
+
+
 # ops by which what is made of positions has no period: whatever is seen of a few frames is so for all
 _WITHOUT_PERIOD = {
     "arange", "full", "add", "sub", "rsub", "neg", "abs", "mul", "le", "lt", "ge", "gt", "eq", "ne", "bitwise_and",

@@ -22,6 +22,8 @@ def attention(call: Call) -> Fact:
     """``softmax(q k^T / sqrt(d) + mask) v`` over the last two dimensions."""
     args = call.samples[0]
     facts = [call.facts[args[name]] for name in ("query", "key", "value")]
+    if isinstance(facts[0], Value) and all(isinstance(f, Static) for f in facts[1:]):
+        return _to_memory(call)
     call.require(all(isinstance(f, Value) for f in facts), "attention between frames and something without time")
     query, key, value = facts
     rank = len(query.layout)
@@ -29,6 +31,14 @@ def attention(call: Call) -> Fact:
     call.require(isinstance(call.fact(args.get("attn_mask")), Static), "an attention mask that depends on time")
     call.require(query.layout.dims[:-2] == key.layout.dims[:-2] == value.layout.dims[:-2], "attention across folds")
     return call.framewise(Layout((*query.layout.dims[:-1], value.layout[rank - 1])))
+
+
+def _to_memory(call: Call) -> Fact:
+    """Each frame attends to the same keys, which do not depend on time (a learned memory)."""
+    query = call.stream("query", clean=True)
+    rank, masked = len(query.layout), call.samples[0].get("attn_mask") is not None or call.arg("is_causal", False)
+    call.require(query.layout.time == rank - 2 and not masked, "attention between frames and something without time")
+    return call.framewise(Layout((*query.layout.dims[:-1], call.static_layout(call.samples[0]["value"])[-1])), [query])
 
 
 @pair_rule(aten.scaled_dot_product_attention.default)
@@ -99,8 +109,21 @@ class _Causal(nn.Module):
         return y
 
 
+class _Memory(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention, self.memory = nn.MultiheadAttention(4, 2, batch_first=True), nn.Parameter(torch.randn(1, 5, 4))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(batch, time, 4): each frame attends to a learned memory."""
+        memory = self.memory.expand(x.shape[0], -1, -1)
+        y: torch.Tensor = self.attention(x, memory, memory, need_weights=False)[0]
+        return y
+
+
 SAMPLES = [
     Sample("spatial_attention", _Space, (2, 8, 5, 4), 1),
+    Sample("attention_to_a_memory", _Memory, (2, 9, 4), 1),
     Sample("causal_attention", _Causal, (2, 9, 4), 1, unbounded=True),
     Sample("banded_attention", lambda: _Causal(3), (2, 9, 4), 1),
 ]

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from ..codegen.pairs import Evaluator, Reach, Scope, evaluate, find_reach, streams_of
+from ..codegen.pairs import Evaluator, Reach, Scope, alike, evaluate, find_reach, streams_of
 from ..errors import NonLocal
 from ..layout import KEY, TIME, Dim, Layout, from_sizes
 from ..registry import Call, Fact, Pair, Sample, find_rule, lower_call, overloads, pair_rule, rule
@@ -341,11 +341,15 @@ def product(
         return make(call, layout, operands, columns=columns, nodes=all_nodes, rows=left)
     call.require(added is None, "weights are multiplied and added to")
     paired = [i for i, f in enumerate(facts) if isinstance(f, Pair)]
-    call.require(len(paired) == 1 and values[1 - paired[0]] is not None, "pairs are multiplied with each other")
     weights, other = values[paired[0]], values[1 - paired[0]]
-    assert weights is not None and other is not None
+    assert weights is not None
     row, column = terms[paired[0]][weights.layout.time], terms[paired[0]][weights.layout.key]
-    call.require(not other.layout.paired, "pairs are multiplied with each other")
+    if {row, column} <= set(result):
+        return _entry_by_entry(call, nodes, terms, result, dims, (row, column))
+    call.require(other is not None, "pairs are multiplied with something without time")
+    assert other is not None
+    if other.layout.paired:
+        return _summed_with(call, nodes, terms, result, dims, (row, column))
     call.require(terms[1 - paired[0]][other.layout.time] == column, "weights are multiplied with their queries' frames")
     call.require(column not in result and row in result, "weights are multiplied but not summed")
     same_clock(call, [weights, other])
@@ -361,6 +365,73 @@ def product(
         return b.call(dataclasses.replace(op, stream_nodes=order), windows)
 
     return summed_up(call, layout, weights, [(other, True)], lower)
+
+
+def _entry_by_entry(
+    call: Call,
+    nodes: list[fx.Node],
+    terms: list[list[str]],
+    result: list[str],
+    dims: Mapping[str, Dim],
+    pair: tuple[str, str],
+) -> Pair:
+    """Products of vectors that there are for every two frames, as those of queries and embeddings of distances are."""
+    values = {n: _operands(call, n, term, pair) for n, term in zip(nodes, terms, strict=True)}
+    given = {n: v for n, v in values.items() if v is not None}
+    clock = next(v for v in given.values() if v.layout.paired)
+    same_clock(call, list(given.values()))
+    layout = Layout(tuple((TIME,) if x == pair[0] else (KEY,) if x == pair[1] else dims[x] for x in result))
+    term_of = dict(zip(nodes, terms, strict=True))
+    columns = [
+        i for i, (n, v) in enumerate(given.items()) if not v.layout.paired and term_of[n][v.layout.time] == pair[1]
+    ]
+    return make(call, layout, list(given.values()), columns=columns, nodes=list(given), rows=clock)
+
+
+def _operands(call: Call, node: fx.Node, term: list[str], pair: tuple[str, str]) -> Value | None:
+    """A factor of such a product, if it depends on time: its frames lie along those of the pairs."""
+    fact = call.facts[node]
+    if isinstance(fact, Pair):
+        lies = (term[fact.value.layout.time], term[fact.value.layout.key])
+        call.require(lies == pair, "pairs of frames are multiplied crosswise")
+        return fact.value
+    if isinstance(fact, Value):
+        value = call.ungroup(fact)
+        call.require(term[value.layout.time] in pair, "frames lie along features")
+        return value
+    call.require(not set(pair) & set(term), "something without time lies along the time axis")
+    return None
+
+
+def _summed_with(
+    call: Call,
+    nodes: list[fx.Node],
+    terms: list[list[str]],
+    result: list[str],
+    dims: Mapping[str, Dim],
+    pair: tuple[str, str],
+) -> Value:
+    """Weights times vectors that there are for every two frames, summed over the keys."""
+    weights, other = (_operands(call, n, term, pair) for n, term in zip(nodes, terms, strict=True))
+    assert weights is not None and other is not None
+    call.require(pair[0] in result and pair[1] not in result, "weights are multiplied but not summed")
+    same_clock(call, [weights, other])
+    layout = Layout(tuple((TIME,) if x == pair[0] else dims[x] for x in result))
+    known = evaluator(call)
+    if not streams_of(weights):
+        weights, other = other, weights
+    reach = find_reach(known, weights)
+    reach = dataclasses.replace(reach, alike=reach.alike | alike(known, other, reach.limit))
+    factors = [f.value for n in nodes if isinstance(f := call.facts[n], Pair)]
+
+    def lower(b: Any, op: Op, scope: Scope) -> Any:
+        windows = [
+            Window(b.where_exists(evaluate(b, v, scope), v.layout, 0, scope), scope.rows.start, scope.rows.stop)
+            for v in factors
+        ]
+        return b.call(dataclasses.replace(op, stream_nodes=nodes), windows)
+
+    return summed_up(call, layout, weights, streams_of(other), lower, reach)
 
 
 def summed_up(
@@ -508,7 +579,24 @@ class _Linear(nn.Module):
         return torch.einsum("bij,bjc->bic", w, x) / w.sum(-1, keepdim=True)
 
 
+class _Distances(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv, self.keys, self.values = nn.Linear(4, 12), nn.Embedding(7, 4), nn.Embedding(7, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(batch, time, 4): embeddings of distances beside keys and values (Shaw et al., 2018)."""
+        q, k, v = self.qkv(x).chunk(3, -1)
+        i = torch.arange(x.shape[1])
+        distance = (i[None] - i[:, None]).clamp(-3, 3) + 3
+        scores = q @ k.transpose(1, 2) + torch.einsum("btd,tsd->bts", q, self.keys(distance))
+        weights = scores.masked_fill(i[None] > i[:, None], -torch.inf).softmax(-1)
+        y: torch.Tensor = weights @ v + (weights.unsqueeze(2) @ self.values(distance)).squeeze(2)
+        return y
+
+
 SAMPLES = [
+    Sample("embeddings_of_distances", _Distances, (2, 9, 4), 1, unbounded=True),
     Sample("causal_attention_by_hand", _Attention, (2, 9, 4), 1, unbounded=True),
     Sample("banded_attention_by_hand", lambda: _Attention(3), (2, 9, 4), 1),
     Sample("linear_attention", _Linear, (2, 9, 4), 1, unbounded=True),
