@@ -26,7 +26,7 @@ from torch.fx.traceback import preserve_node_meta
 from torch.utils import _pytree as pytree
 
 from .inputs import make_clock
-from .passes.changes import content
+from .passes.changes import glimpse, version
 from .passes.errors import user_frame
 from .passes.pipeline import Leaf
 from .passes.stream_graph import Op, Value, View
@@ -170,6 +170,7 @@ class _Loop:
         else:
             self._worthwhile(_reason(self._leaves[0]))
         self.before: list[torch.Tensor] | None = None
+        self.seen: tuple[list[int], bytes] = [], b""  # of the parameters
         self.kept: list[torch.Tensor | None] = []
 
     @property
@@ -197,11 +198,11 @@ class _Loop:
 
     def __call__(self, given: Sequence[Any]) -> Any:
         windows = [given[i] for i in self.at]
-        moved = self._moved(windows)
+        moved = None if self._changed() else self._moved(windows)
         if moved == 0:
             return self._packed()
         period = self.step.compiled.plan.schedule.period
-        if moved is None or moved % period or moved * self.per_tick > self.in_full or self._changed():
+        if moved is None or moved % period or moved * self.per_tick > self.in_full:
             self.step.clean_state()
             moved = None
         new = [
@@ -214,14 +215,13 @@ class _Loop:
         tail: list[torch.Tensor | None] = self._emitted(self.step.flush()) if ended else [None] * len(outputs)
         self.kept, self.out = self._shifted(outputs, tail, moved is None)
         self.before = [x.clone() for x in windows]
-        self.contents = self._contents()
         return self._packed()
 
-    def _contents(self) -> list[str]:
-        return [content(x) for x in self.step.model.state_dict(keep_vars=True).values()]
-
     def _changed(self) -> bool:
-        return self.contents != self._contents()
+        """Whether parameters have changed since the last call, also past torch's counter (``.data``, ``Module.to``)."""
+        before, tensors = self.seen, list(self.step.model.state_dict(keep_vars=True).values())
+        self.seen = [version(x) for x in tensors], glimpse(tensors)
+        return self.seen != before
 
     def _moved(self, windows: list[torch.Tensor]) -> int | None:
         """By how many ticks the window has moved on, or None."""
@@ -233,8 +233,6 @@ class _Loop:
         head = windows[first].narrow(t, 0, 1)
         alike = (self.before[first] == head).movedim(t, 0).flatten(1).all(1)[::k].nonzero().flatten().tolist()
         for moved in alike:
-            if moved == 0 and self._changed():
-                return None
             if all(self._overlaps(i, x, moved) for i, x in enumerate(windows)):
                 return int(moved)
         return None

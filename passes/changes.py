@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
+
+ENTRIES = 64  # of a tensor, for a glimpse of it
 
 
 def version(tensor: torch.Tensor) -> int:
@@ -28,3 +32,15 @@ def content(tensor: torch.Tensor) -> str:
 
 def _weights(count: int, like: torch.Tensor) -> torch.Tensor:
     return torch.cos(torch.arange(count, dtype=like.dtype, device=like.device)) + 2
+
+
+def glimpse(tensors: Iterable[torch.Tensor]) -> bytes:
+    """Some entries of each of many tensors, spread evenly over it: what is written to all of one shows there."""
+    parts = []
+    for x in tensors:
+        if x.numel() and not x.is_meta:
+            x = x.detach().contiguous()
+            few = min(ENTRIES, x.numel())
+            some = x.as_strided((few,), (x.numel() // few,), x.storage_offset())
+            parts.append(some.cpu().contiguous().view(torch.uint8))
+    return torch.cat(parts).numpy().tobytes() if parts else b""
