@@ -147,10 +147,11 @@ def split(call: Call) -> Fact:
 def _split_in_time(call: Call) -> Fact:
     """The clip parted at fixed places, counted from its start or its end, as ``split([n - 1, 1])`` does."""
     x = call.stream("self", clean=True)
-    parts = [tuple(s[i][x.layout.time] for s in call.sizes) for i in range(len(call.sizes[0]))]
     name = call.node.target._schema.name  # type: ignore[union-attr]
+    call.require("unbind" not in name, "the time axis is split into frames of the clip")
+    parts = [tuple(s[i][x.layout.time] for s in call.sizes) for i in range(len(call.sizes[0]))]
     moving = [p for p in parts if constant(p) is None]
-    call.require("unbind" not in name and len(moving) == 1, "the time axis is split into parts of the clip")
+    call.require(len(moving) == 1, "the time axis is split into parts of the clip")
     ends = list(itertools.accumulate(parts, lambda a, b: tuple(i + j for i, j in zip(a, b, strict=True))))
     starts = [(0,) * len(x.lengths), *ends[:-1]]
     return tuple(part(call, x, start, end, 1) for start, end in zip(starts, ends, strict=True))
