@@ -143,12 +143,13 @@ def continual_variant(load: Workload, clip: torch.Tensor, period: int, row: dict
 
 
 def kept_bytes(net: torch.nn.Module) -> int:
-    """Bytes of the tensors that a module of continual-inference has taken up beside its parameters and buffers."""
+    """Bytes of the tensors that a module of continual-inference keeps between steps: not saved, and no parameters."""
     kept = {}
     for m in net.modules():
         for name, value in vars(m).items():
             if name not in ("_parameters", "_buffers", "_modules"):
                 kept |= {id(t): t.nbytes for t in tree_leaves(value) if isinstance(t, torch.Tensor)}
+        kept |= {id(t): t.nbytes for n, t in m._buffers.items() if t is not None and n in m._non_persistent_buffers_set}
     return sum(kept.values()) - sum(p.nbytes for p in net.parameters() if id(p) in kept)
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import types
+from collections.abc import Iterator
 from importlib import import_module
 from typing import Any
 
@@ -44,14 +46,28 @@ VIDEO: dict[str, tuple[str, dict[str, Any], int, int]] = {
 
 def video(name: str) -> nn.Module:
     """A model of `VIDEO` with random weights, (batch, 3, frames, height, width) -> (batch, classes)."""
-    if "torchvision" not in sys.modules:  # pytorchvideo imports it for detection alone
-        try:
-            import_module("torchvision")
-        except Exception:
-            ops = types.ModuleType("torchvision.ops")
-            ops.RoIAlign = nn.Identity  # type: ignore[attr-defined]
-            sys.modules["torchvision"], sys.modules["torchvision.ops"] = types.ModuleType("torchvision"), ops
     path, options, _, _ = VIDEO[name]
     module, builder = path.split(".")
-    model: nn.Module = getattr(import_module(f"pytorchvideo.models.{module}"), builder)(**options)
+    with _torchvision():
+        build = getattr(import_module(f"pytorchvideo.models.{module}"), builder)
+    model: nn.Module = build(**options)
     return model.eval()
+
+
+@contextlib.contextmanager
+def _torchvision() -> Iterator[None]:
+    """Something in its place where it is not installed: pytorchvideo imports it for detection alone."""
+    try:
+        import_module("torchvision")
+    except Exception:
+        ops = types.ModuleType("torchvision.ops")
+        ops.RoIAlign = nn.Identity  # type: ignore[attr-defined]
+        stubs = {"torchvision": types.ModuleType("torchvision"), "torchvision.ops": ops}
+        sys.modules.update(stubs)
+        try:
+            yield
+        finally:
+            for stub in stubs:
+                del sys.modules[stub]
+    else:
+        yield
