@@ -84,7 +84,7 @@ def cofx_variants(
             largest = max(y.abs().max().item() for y in tree_leaves(load.model(clip)))
             worst = step.verify(clip).difference
             row |= {"exact": worst <= CLOSE * largest, "worst": worst, "largest": largest, "period": period}
-            row |= {"equivalence": step.equivalence, "state_bytes": step.report().state_bytes}
+            row |= {"equivalence": step.equivalence, "state_bytes": step.report().state_bytes * row["batch"]}
             eager = step
         warm = max(3 * len(frames), getattr(step.compiled, "steady_from", 0) + len(frames))
         warm += -warm % period
