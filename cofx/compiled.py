@@ -140,28 +140,27 @@ class Compiled:
         if key not in self.programs:
             if len(self.programs) >= KEPT_PROGRAMS:
                 del self.programs[next(iter(self.programs))]  # the oldest
-            self.programs[key] = self._twin(key) or generate(self.plan, key, self.spec.device)
+            self.programs[key] = self._made(key)
         return self.programs[key]
 
-    def _twin(self, key: Key) -> Program | None:
-        """The program of another phase in which the same is done, which is then that of this key too.
+    def _made(self, key: Key) -> Program:
+        """A program; that of another phase where the same was done.
 
         A net that takes thousands of samples for one frame has thousands of phases, and a handful of programs.
         """
-        if key.masked or key.first or key.holding or not key.kernels or self.plan.schedule.period == 1:
-            return None
         schedule = self.plan.schedule
-        place = replace(key, phase=0), schedule.work(key.phase, key.ticks)
-        found = self._works.get(place)
-        if found is None:
+        if key.masked or key.first or key.holding or not key.kernels or schedule.period == 1:
+            return generate(self.plan, key, self.spec.device)
+        work = replace(key, phase=0), schedule.work(key.phase, key.ticks)
+        if work not in self._works:
             if len(self._works) >= KEPT_PROGRAMS:
                 self._works.clear()
-            made = generate(self.plan, key, self.spec.device)
-            self._works[place] = key.phase, made
-            return made
-        phase, program = found
+            self._works[work] = key.phase, generate(self.plan, key, self.spec.device)
+        phase, program = self._works[work]
+        if phase == key.phase:
+            return program
         if program.wants:  # it counts from its own phase on
-            return None
+            return generate(self.plan, key, self.spec.device)
         spans = []
         for leaf, span in zip(self.plan.outputs, program.outputs, strict=True):
             more = 0

@@ -56,7 +56,7 @@ class MidStream:
         backend = "eager"
         assert self._accepted is not None
         shapes = self._accepted[1]
-        gradients = torch.is_grad_enabled() and _differentiated(frames, state)
+        gradients = torch.is_grad_enabled() and (any(x.requires_grad for x in frames) or state.requires_grad)
         if self.backend != "eager" and not traced and not gradients:
             backend = self._chosen.get(shapes) or self.prepare(frames, batch)
         phase = count % self._period
@@ -251,12 +251,6 @@ class MidStream:
             sessions, rooms = compile_sessions(self.compiled.plan, programs, [*frames, *parts], len(frames), groups)
             self._homes[shapes] = Residence(sessions, frames, parts, rooms, groups)
         return self._homes[shapes]
-
-
-def _differentiated(frames: Sequence[torch.Tensor], state: StreamState) -> bool:
-    """Whether somebody may ask for gradients, of these frames or of earlier ones."""
-    kept = state.apart if state.apart is not None else state.tensors
-    return any(x.requires_grad for x in frames) or (kept is not None and any(x.requires_grad for x in kept))
 
 
 def _watched() -> bool:

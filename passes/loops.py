@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -56,12 +56,7 @@ class Loop:
         streams, carried, statics = args[:count], args[count : count + inits], args[count + inits :]
         collected: list[list[Any]] = [[] for _ in self.results]
         for t in range(streams[0].shape[self.dims[0]] // self.widths[0]):
-            seen = range(t + 1) if t < len(self.starts) else range(t, t + 1)
-            frames = [
-                x.select(d, i) if squeezed else x.narrow(d, i * w, w)
-                for i in seen
-                for x, d, squeezed, w in zip(streams, self.dims, self.squeezed, self.widths, strict=True)
-            ]
+            frames = self.frames(streams, t, torch.select, torch.narrow)
             if t < len(self.starts):
                 out = fx.Interpreter(torch.nn.Module(), graph=self.starts[t]).run(*frames, *statics)
             else:
@@ -73,6 +68,16 @@ class Loop:
                 carried = out[: len(self.carried)]
         join = {"stack": torch.stack, "cat": torch.cat, "last": lambda parts, _: parts[-1]}
         return tuple(join[r.how](parts, r.dim) for r, parts in zip(self.results, collected, strict=True))
+
+    def frames(
+        self, streams: Sequence[T], t: int, select: Callable[[T, int, int], T], narrow: Callable[[T, int, int, int], T]
+    ) -> list[T]:
+        """What iteration `t` takes of whole streams: its frame of each, at first those before it too."""
+        return [
+            select(x, d, i) if squeezed else narrow(x, d, i * w, w)
+            for i in (range(t + 1) if t < len(self.starts) else range(t, t + 1))
+            for x, d, squeezed, w in zip(streams, self.dims, self.squeezed, self.widths, strict=True)
+        ]
 
     def ramp_dtypes(self) -> list[torch.dtype]:
         """Of what kind the numbers are that grow from frame to frame."""

@@ -223,6 +223,11 @@ def overloads(names: str) -> Iterable[torch._ops.OpOverload]:
             yield found
 
 
+def is_pointwise(target: Any) -> bool:
+    """Whether a node's target is an overload that computes entry by entry."""
+    return isinstance(target, torch._ops.OpOverload) and torch.Tag.pointwise in target.tags
+
+
 def find_rule(target: Any) -> Rule | None:
     """The rule of an overload, or the one for all pointwise ops, or None."""
     from . import rules
@@ -231,7 +236,7 @@ def find_rule(target: Any) -> Rule | None:
         return _RULES_OF_KIND[type(target)]
     if (known := entry(target).rule) is not None:
         return known
-    if isinstance(target, torch._ops.OpOverload) and torch.Tag.pointwise in target.tags:
+    if is_pointwise(target):
         return rules.pointwise.pointwise
     return None
 
@@ -330,6 +335,13 @@ class Call:
     def sizes_of(self, node: fx.Node) -> list[Sizes]:
         """A traced value's shape: for each dimension its sizes at the sample points."""
         return _by_dimension(node.meta["sizes"])
+
+    @property
+    def op_name(self) -> str:
+        """The op's name without that of the overload: ``aten::slice``."""
+        target: Any = self.node.target
+        name: str = target._schema.name
+        return name
 
     @property
     def out_sizes(self) -> list[Sizes]:

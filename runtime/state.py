@@ -50,6 +50,12 @@ class StreamState:
             self._tensors = tuple(join(self.apart, self._specs))
         return self._tensors
 
+    @property
+    def requires_grad(self) -> bool:
+        """Whether gradients flow through what is kept; through a backend's buffers there are none."""
+        kept = self.apart if self.apart is not None else self._tensors
+        return kept is not None and any(x.requires_grad for x in kept)
+
 
 def take_apart(tensors: Sequence[torch.Tensor], specs: Sequence[StateSpec]) -> tuple[torch.Tensor, ...]:
     """State tensors with histories frame by frame, as far as they are kept so in mid-stream."""

@@ -61,7 +61,7 @@ def _torchvision() -> Iterator[None]:
         import_module("torchvision")
     except Exception:
         ops = types.ModuleType("torchvision.ops")
-        ops.RoIAlign = nn.Identity  # type: ignore[attr-defined]
+        vars(ops)["RoIAlign"] = nn.Identity
         stubs = {"torchvision": types.ModuleType("torchvision"), "torchvision.ops": ops}
         sys.modules.update(stubs)
         try:

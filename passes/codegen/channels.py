@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import fx
 
 from ..canonicalize import bind, unbind
+from ..registry import is_pointwise
 
 if TYPE_CHECKING:
     from .frames import Sizes
@@ -91,7 +92,7 @@ class _Padding:
         if node.target is aten.conv2d.default:
             given = self._given(node)
             return self._depthwise(node) or (given is not None and given["groups"] == 1)
-        if not isinstance(node.target, torch._ops.OpOverload) or torch.Tag.pointwise not in node.target.tags:
+        if not is_pointwise(node.target):
             return False
         operands = [self.sizes.get(n) for n in node.all_input_nodes]
         return all(s is not None and (len(s) == 0 or (len(s) == 4 and s[1] in (1, size[1]))) for s in operands)

@@ -23,6 +23,7 @@ from torch import fx
 from torch.fx.node import map_arg
 
 from ..canonicalize import bind, listed, unbind
+from ..registry import is_pointwise
 from .aliases import base
 from .rows import from_rows, to_rows
 
@@ -41,7 +42,7 @@ _CONVOLUTIONS: dict[Any, Any] = {  # of frames, in the place of those over time
     aten.conv3d.default: aten.conv2d.default,
     aten.conv2d.default: aten.conv1d.default,
 }
-_REDUCTIONS = (aten.mean.dim, aten.sum.dim_IntList, aten.amax.default, aten.amin.default)
+REDUCTIONS = (aten.mean.dim, aten.sum.dim_IntList, aten.amax.default, aten.amin.default)
 
 Sizes = Mapping[fx.Node, tuple[int, ...]]
 
@@ -168,7 +169,7 @@ class Apart:
             return self.env[bound["self"]]  # type: ignore[no-any-return]
         if node.target in _POOLS:
             return self._pool(node, bound)
-        if node.target in _REDUCTIONS:
+        if node.target in REDUCTIONS:
             return self._reduce(node, bound)
         if node.target is aten.batch_norm.default:
             return self._alone(node, bound, "input", lambda axis: axis >= 2)
@@ -176,7 +177,7 @@ class Apart:
             return self._alone(node, bound, "input", lambda axis: axis < len(self.sizes[node]) - 1)
         if node.target is aten.permute.default:
             return self._permute(bound)
-        if isinstance(node.target, torch._ops.OpOverload) and torch.Tag.pointwise in node.target.tags:
+        if is_pointwise(node.target):
             return self._elementwise(node)
         return None
 

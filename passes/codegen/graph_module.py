@@ -12,6 +12,7 @@ between, where nothing reaches outside, the plain program does without.
 from __future__ import annotations
 
 import contextlib
+import functools
 import operator
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -424,11 +425,7 @@ class Builder:
         collected: list[list[Any]] = [[] for _ in loop.results]
         length = node.meta["samples"][0]["0"].meta["sizes"][0][loop.dims[0]] // loop.widths[0]
         for t in range(length):
-            frames = [
-                self.aten("select.int", x, d, i) if squeezed else self.narrow(x, d, i * w, w)
-                for i in (range(t + 1) if t < len(loop.starts) else range(t, t + 1))
-                for x, d, squeezed, w in zip(streams, loop.dims, loop.squeezed, loop.widths, strict=True)
-            ]
+            frames = loop.frames(streams, t, functools.partial(self.aten, "select.int"), self.narrow)
             if t < len(loop.starts):
                 after = self.inline(loop.starts[t], [*frames, *given])
                 made = loop.of_start(t, after)

@@ -156,18 +156,11 @@ class Lowering:
         if any(n is not None and self.held(n) is None for n in optional):
             return
         bias, scale, shift = (self.held(n) for n in optional)
+        factor, offset = _affine(mean, var, given["eps"], scale, shift, bias)
         sources = (weight, bias, scale, shift, mean, var)
-
-        def factor() -> torch.Tensor:
-            spread: torch.Tensor = (var + given["eps"]).rsqrt()
-            return spread if scale is None else scale * spread
 
         def scaled() -> torch.Tensor:
             return weight * factor().view(-1, *[1] * (weight.dim() - 1))
-
-        def offset() -> torch.Tensor:
-            moved = (-mean if bias is None else bias - mean) * factor()
-            return moved if shift is None else moved + shift
 
         with self.graph.inserting_before(conv):
             taken["weight"] = self.derived(f"norm weight {given['eps']}", sources, scaled)
@@ -199,18 +192,11 @@ class Lowering:
         if mean is None or var is None or mean.dtype is not dtype or dtype not in FULL:
             return
         shape = [-1, *[1] * (len(size) - 2)]
-
-        def factor() -> torch.Tensor:
-            spread: torch.Tensor = (var + given["eps"]).rsqrt()
-            return (spread if scale is None else scale * spread).view(shape)
-
-        def offset() -> torch.Tensor:
-            moved = -mean.view(shape) * factor()
-            return moved if shift is None else moved + shift.view(shape)
+        factor, offset = _affine(mean, var, given["eps"], scale, shift)
 
         with self.graph.inserting_before(norm):
-            spread = self.derived(f"norm scale {shape} {given['eps']}", sources, factor)
-            moved = self.derived(f"norm shift {shape} {given['eps']}", sources, offset)
+            spread = self.derived(f"norm scale {shape} {given['eps']}", sources, lambda: factor().view(shape))
+            moved = self.derived(f"norm shift {shape} {given['eps']}", sources, lambda: offset().view(shape))
             found = self.call(aten.mul.Tensor, given["input"], spread)
             self.size_of[found] = size
             found = self.call(aten.add.Tensor, found, moved)
@@ -298,6 +284,27 @@ class Lowering:
     def call(self, target: Any, *args: Any) -> fx.Node:
         """One call of a function."""
         return self.graph.call_function(target, args)
+
+
+def _affine(
+    mean: torch.Tensor,
+    var: torch.Tensor,
+    eps: float,
+    scale: torch.Tensor | None,
+    shift: torch.Tensor | None,
+    bias: torch.Tensor | None = None,
+) -> tuple[Callable[[], torch.Tensor], Callable[[], torch.Tensor]]:
+    """What a norm multiplies with and what it adds then, of each channel; with a `bias` added before it."""
+
+    def factor() -> torch.Tensor:
+        spread: torch.Tensor = (var + eps).rsqrt()
+        return spread if scale is None else scale * spread
+
+    def offset() -> torch.Tensor:
+        moved = (-mean if bias is None else bias - mean) * factor()
+        return moved if shift is None else moved + shift
+
+    return factor, offset
 
 
 def _single(

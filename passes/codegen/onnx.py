@@ -385,7 +385,7 @@ def _save(onnx: Any, model: Any, path: str) -> None:
     folder = os.path.dirname(os.path.abspath(path))
     with tempfile.TemporaryDirectory(dir=folder, prefix=".cofx-") as scratch:
         draft = os.path.join(scratch, os.path.basename(path))
-        if _weight(onnx, model) > LARGEST:
+        if too_large(model):
             onnx.save(model, draft, save_as_external_data=True, location=os.path.basename(path) + ".data")
         else:
             onnx.save(model, draft)
@@ -397,10 +397,13 @@ def _save(onnx: Any, model: Any, path: str) -> None:
             os.replace(os.path.join(scratch, name), os.path.join(folder, name))
 
 
-def _weight(onnx: Any, model: Any) -> int:
-    """Bytes of a model's tensors, which is nearly all of it; what is beyond 2 GB cannot be asked for its own size."""
+def too_large(model: Any) -> bool:
+    """Whether a model is too much for one file, by its tensors: beyond 2 GB it cannot tell its own size."""
+    import onnx
+
     sizes = (onnx.helper.tensor_dtype_to_np_dtype(t.data_type).itemsize for t in model.graph.initializer)
-    return sum(size * math.prod(t.dims) for size, t in zip(sizes, model.graph.initializer, strict=True))
+    total: int = sum(size * math.prod(t.dims) for size, t in zip(sizes, model.graph.initializer, strict=True))
+    return total > LARGEST
 
 
 @contextlib.contextmanager

@@ -17,13 +17,13 @@ from torch import fx
 from torch.fx.node import map_arg
 
 from ..canonicalize import bind, unbind
-from .frames import Sizes
+from ..registry import is_pointwise
+from .frames import REDUCTIONS, Sizes
 
 aten = torch.ops.aten
 
 Order = tuple[int, ...]  # a tensor's dimensions as they lie, the outermost first
 
-_REDUCTIONS = (aten.mean.dim, aten.sum.dim_IntList, aten.amax.default, aten.amin.default)
 _RESHAPES = (
     aten.reshape.default, aten.view.default, aten.unsqueeze.default, aten.squeeze.dim, aten.squeeze.dims,
 )  # fmt: skip
@@ -89,9 +89,12 @@ class Orders:
             return self._held(self.tensors[str(lying.target)].permute(dims).contiguous())
         if _kept(dims, size) == sorted(_kept(dims, size)):
             return self._reshape(lying, shape)
-        made = self.graph.call_function(aten.permute.default, (lying, list(dims)))
+        made = self._call(aten.permute.default, lying, list(dims))
         self.size[made] = shape
         return made
+
+    def _call(self, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
+        return self.graph.call_function(target, args, kwargs)
 
     def _held(self, tensor: torch.Tensor) -> fx.Node:
         name = f"turned_{len(self.tensors)}"
@@ -106,7 +109,7 @@ class Orders:
             node = node.args[0]
         if self.size.get(node) == tuple(shape):
             return node
-        made = self.graph.call_function(aten.reshape.default, (node, list(shape)))
+        made = self._call(aten.reshape.default, node, list(shape))
         self.size[made] = tuple(shape)
         return made
 
@@ -149,13 +152,11 @@ class Orders:
             return self._part
         if target is aten.cat.default:
             return self._cat
-        if target in _REDUCTIONS:
+        if target in REDUCTIONS:
             return self._reduction
         if target in (aten.linear.default, aten.matmul.default):
             return self._product
-        if isinstance(target, torch._ops.OpOverload) and (
-            torch.Tag.pointwise in target.tags or target in (aten.clone.default, aten._to_copy.default)
-        ):
+        if is_pointwise(target) or target in (aten.clone.default, aten._to_copy.default):
             return self._pointwise
         return None
 
@@ -200,7 +201,7 @@ class Orders:
         lies, bound = self._lies(given), bind(node.target, node.args, node.kwargs)
         dim = bound["dim"] % len(lies)
         args, kwargs = unbind(node.target, {**bound, "self": self.env[given], "dim": lies.index(dim)})
-        made = self.graph.call_function(node.target, args, kwargs)  # type: ignore[arg-type]
+        made = self._call(node.target, *args, **kwargs)
         if node.target is aten.select.int:
             lies = tuple(d - (d > dim) for d in lies if d != dim)
         self._set(node, made, lies)
@@ -227,7 +228,7 @@ class Orders:
         dims = [d % len(lies) for d in ([dims] if isinstance(dims, int) else dims)]
         more = {**bound, "self": self.env[given], "dim": [lies.index(d) for d in dims]}
         args, kwargs = unbind(node.target, more)
-        made = self.graph.call_function(node.target, args, kwargs)  # type: ignore[arg-type]
+        made = self._call(node.target, *args, **kwargs)
         left = lies if bound["keepdim"] else tuple(d - sum(e < d for e in dims) for d in lies if d not in dims)
         self._set(node, made, left)
         return True
@@ -259,7 +260,7 @@ class Orders:
             return False
         kwargs = {k: v for k, v in node.kwargs.items() if k != "memory_format"}
         args, kwargs = map_arg((node.args, kwargs), lambda n: self._beside(n, size, order))
-        self._set(node, self.graph.call_function(node.target, args, kwargs), order)  # type: ignore[arg-type]
+        self._set(node, self._call(node.target, *args, **kwargs), order)
         return True
 
     def _beside(self, node: fx.Node, size: Sequence[int], order: Order) -> fx.Node:

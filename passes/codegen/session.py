@@ -17,8 +17,8 @@ from torch import fx, nn
 from ...runtime.errors import InputError
 from ...runtime.program import Made, Passed, Program
 from .channels import pad_channels
-from .lower import shapes_of
-from .onnx import LARGEST, OPSET, onnx_model
+from .lower import Shapes, shapes_of
+from .onnx import OPSET, onnx_model, too_large
 from .orders import Order, Orders
 
 aten = torch.ops.aten
@@ -56,7 +56,7 @@ def compile_sessions(
     for phase in made:
         phase.turn(orders)
         session = None
-        if phase.graph.output_node().args[0]:
+        if phase.made:
             step = as_module(phase.graph, phase.tensors)
             session = _session(onnx_model(plan, step, phase.examples, opset_version=OPSET))
         sessions.append(SessionProgram(session, phase.results, phase.after))
@@ -77,20 +77,21 @@ class _Phase:
         self.graph, self.tensors = fx.Graph(), dict(program.tensors)
         self.graph.output(self.graph.graph_copy(program.graph, {}))
         self.parts = [n for n in self.graph.nodes if n.op == "placeholder"][frames:]
-        shapes = [(tuple(x.shape), x.dtype) for x in arguments]
-        sizes = shapes_of(self.graph, self.tensors, shapes)
-        channels = pad_channels(self.graph, sizes, self.tensors, self.parts) if alone else {}
+        channels: dict[fx.Node, int] = {}
+        if alone:
+            sizes = shapes_of(self.graph, self.tensors, _shapes(arguments))
+            channels = pad_channels(self.graph, sizes, self.tensors, self.parts)
         kept = zip(self.parts, arguments[frames:], strict=True)
         self.examples = [*arguments[:frames], *(_with_channels(x, channels.get(n)) for n, x in kept)]
         self.rooms = [tuple(x.shape) for x in self.examples[frames:]]
         self.results, self.after = split_results(self.graph, self.parts)
-        self.sizes = shapes_of(self.graph, self.tensors, [(tuple(x.shape), x.dtype) for x in self.examples])
+        self.made = sum(isinstance(x, Made) for x in (*self.results, *self.after))
+        self.sizes = shapes_of(self.graph, self.tensors, _shapes(self.examples))
         self.frames = frames
 
     def natural(self) -> dict[int, Order]:
         """For the parts of the state that it makes, the order of dimensions in which each comes about."""
-        nothing = [None] * len(self.graph.output_node().args[0])  # type: ignore[arg-type]
-        natural = Orders(self.graph, self.sizes, self.tensors, {}, nothing).natural
+        natural = Orders(self.graph, self.sizes, self.tensors, {}, [None] * self.made).natural
         return {i: natural[a.number] for i, a in enumerate(self.after) if isinstance(a, Made)}
 
     def turn(self, orders: Sequence[Order]) -> None:
@@ -100,7 +101,7 @@ class _Phase:
             orders: of the dimensions of each part.
         """
         given = dict(zip(self.parts, orders, strict=True))
-        wanted: list[Order | None] = [None] * len(self.graph.output_node().args[0])  # type: ignore[arg-type]
+        wanted: list[Order | None] = [None] * self.made
         for made, order in zip(self.after, orders, strict=True):
             if isinstance(made, Made):
                 wanted[made.number] = order
@@ -108,6 +109,10 @@ class _Phase:
         self.graph, self.tensors = turned.graph, turned.tensors
         kept = zip(self.examples[self.frames :], orders, strict=True)
         self.examples[self.frames :] = [x.permute(order).contiguous() for x, order in kept]
+
+
+def _shapes(arguments: Sequence[torch.Tensor]) -> Shapes:
+    return [(tuple(x.shape), x.dtype) for x in arguments]
 
 
 def _orders(phases: Sequence[_Phase], groups: Sequence[int]) -> list[Order]:
@@ -126,7 +131,7 @@ def _session(model: Any) -> ort.InferenceSession:
 
     threads = torch.get_num_threads()
     try:
-        if model.ByteSize() <= LARGEST:
+        if not too_large(model):
             return open_session(model.SerializeToString(), threads)
         import onnx
 

@@ -14,6 +14,7 @@ from torch import fx
 from torch.fx.node import map_arg
 
 from ..canonicalize import bind
+from ..registry import is_pointwise
 
 aten = torch.ops.aten
 
@@ -81,7 +82,7 @@ class Uniform:
         if (
             isinstance(node.target, torch._ops.OpOverload)
             and len(given) == len(node.all_input_nodes)
-            and (torch.Tag.pointwise in node.target.tags or node.target is aten._to_copy.default)
+            and (is_pointwise(node.target) or node.target is aten._to_copy.default)
         ):
             args, kwargs = map_arg((node.args, node.kwargs), self.number.__getitem__)
             return torch.as_tensor(node.target(*args, **kwargs))
@@ -116,8 +117,7 @@ class Uniform:
     def _put(self, graph: fx.Graph, hold: Callable[[torch.Tensor], str]) -> None:
         """Numbers in the place of uniform operands of what is computed entry by entry."""
         for node in list(graph.nodes):
-            pointwise = isinstance(node.target, torch._ops.OpOverload) and torch.Tag.pointwise in node.target.tags
-            if not pointwise or node in self.number or node not in self.sizes:
+            if not is_pointwise(node.target) or node in self.number or node not in self.sizes:
                 continue
             whole = [n for n in node.all_input_nodes if n not in self.number and self.sizes.get(n) == self.sizes[node]]
             for n in node.all_input_nodes if whole else ():

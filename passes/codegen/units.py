@@ -8,15 +8,14 @@ such a chain is one reshape, where the result is needed in its own form, or none
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import fx
 
 from ..canonicalize import bind, unbind
-
-if TYPE_CHECKING:
-    from .frames import Sizes
+from ..registry import is_pointwise
+from .frames import REDUCTIONS, Sizes
 
 aten = torch.ops.aten
 
@@ -31,7 +30,6 @@ _VIEWS = (
     aten.select.int,
     aten.expand.default,
 )
-_REDUCTIONS = (aten.mean.dim, aten.sum.dim_IntList, aten.amax.default, aten.amin.default)
 
 
 Form = tuple[tuple[int, ...], tuple[int, ...]]  # a shape, for two batch sizes
@@ -66,9 +64,9 @@ class Units:
         if node in self.own and node.op == "call_function":
             if node.target in _VIEWS:
                 found = self._view(node)
-            elif node.target in _REDUCTIONS:
+            elif node.target in REDUCTIONS:
                 found = self._reduction(node)
-            elif isinstance(node.target, torch._ops.OpOverload) and torch.Tag.pointwise in node.target.tags:
+            elif is_pointwise(node.target):
                 found = self._pointwise(node)
         if found is not None:
             self.env[node], self.form[node] = found

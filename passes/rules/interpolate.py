@@ -41,7 +41,7 @@ def nearest(call: Call) -> Fact:
         return _framewise(call, x, n)
     x = call.stream(_tensor(call), clean=True)
     times = factor(call, x)
-    exact = "exact" in call.node.target._schema.name  # type: ignore[union-attr]
+    exact = "exact" in call.op_name
     if times.denominator == 1:
         return _in_space(call, upsample(call, x, times.numerator), n)
     call.require(times.numerator == 1, "nearest interpolation by a broken factor")

@@ -21,7 +21,7 @@ aten = torch.ops.aten
 @rule(*overloads("cat.default concat.default concatenate.default stack.default hstack.default vstack.default"))
 def cat(call: Call) -> Fact:
     """Tensors side by side along one dimension (stack: a new one)."""
-    name = call.node.target._schema.name  # type: ignore[union-attr]
+    name = call.op_name
     call.require(name in ("aten::cat", "aten::concat", "aten::concatenate", "aten::stack"), f"{name} is not supported")
     nodes: list[fx.Node] = list(call.samples[0]["tensors"])
     given = [call.facts[n] for n in nodes]

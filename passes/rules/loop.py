@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -15,6 +16,46 @@ from ..schedule import Taps
 from ..stream_graph import Carry, Op, Value, Window, read
 
 aten = torch.ops.aten
+
+
+def _lower(
+    target: Loop,
+    statics: list[fx.Node],
+    before: int,
+    b: Any,
+    op: Op,
+    windows: list[Window],
+    span: range,
+    state: list[fx.Node],
+) -> Any:
+    """Some frames of a loop, one after the other; each window begins `before` frames earlier."""
+    collected: list[list[fx.Node]] = [[] for _ in target.results]
+    given = [b.static(n) for n in statics]
+
+    def frames_at(i: int) -> list[fx.Node]:
+        parts = zip(windows, target.dims, target.widths, strict=True)
+        frames = [b.narrow(w.node, d, i * wide, wide) for w, d, wide in parts]
+        return [
+            b.aten("squeeze.dim", f, d) if s else f
+            for f, d, s in zip(frames, target.dims, target.squeezed, strict=True)
+        ]
+
+    for i, j in enumerate(span, before):
+        index = b.index_range(op.outputs[0], range(j, j + 1)) if target.ramps or (target.starts and b.masked) else None
+        ramps = [_ramp(b, index, *r) for r in zip(target.ramps, target.ramp_dtypes(), strict=True)]
+        after = b.inline(target.body, [*frames_at(i), *ramps, *state, *given])
+        for k, start in enumerate(target.starts if b.masked else ()):
+            seen = [f for back in range(k, -1, -1) for f in frames_at(i - back)]
+            out = b.inline(start, [*seen, *given])
+            here = b.aten("eq.Scalar", index, k)
+            first = list(enumerate(out[: len(state)])) if k == len(target.starts) - 1 else []
+            for n, value in [*first, *((len(state) + n, v) for n, v in target.of_start(k, out))]:
+                after[n] = b.aten("where.self", here, value, after[n])
+        state = b.hold(op, j, after[: len(state)], state)
+        for part, result, node in zip(collected, target.results, after[len(state) :], strict=True):
+            part.append(node if result.how == "cat" else b.aten("unsqueeze.default", node, result.dim))
+    joined = [b.cat(part, r.dim) for part, r in zip(collected, target.results, strict=True)]
+    return (tuple(joined), state) if op.carries else tuple(joined)
 
 
 @rule_of_kind(Loop)
@@ -38,37 +79,6 @@ def loop(call: Call) -> Fact:
     ]
     before = max(len(target.starts) - 1, 0)  # frames that the first ones look back at
 
-    def lower(b: Any, op: Op, windows: list[Window], span: range, state: list[fx.Node]) -> Any:
-        collected: list[list[fx.Node]] = [[] for _ in target.results]
-        given = [b.static(n) for n in statics]
-
-        def frames_at(i: int) -> list[fx.Node]:
-            parts = zip(windows, target.dims, target.widths, strict=True)
-            frames = [b.narrow(w.node, d, i * wide, wide) for w, d, wide in parts]
-            return [
-                b.aten("squeeze.dim", f, d) if s else f
-                for f, d, s in zip(frames, target.dims, target.squeezed, strict=True)
-            ]
-
-        for i, j in enumerate(span, before):
-            index = (
-                b.index_range(op.outputs[0], range(j, j + 1)) if target.ramps or (target.starts and b.masked) else None
-            )
-            ramps = [_ramp(b, index, *r) for r in zip(target.ramps, target.ramp_dtypes(), strict=True)]
-            after = b.inline(target.body, [*frames_at(i), *ramps, *state, *given])
-            for k, start in enumerate(target.starts if b.masked else ()):
-                seen = [f for back in range(k, -1, -1) for f in frames_at(i - back)]
-                out = b.inline(start, [*seen, *given])
-                here = b.aten("eq.Scalar", index, k)
-                first = list(enumerate(out[: len(state)])) if k == len(target.starts) - 1 else []
-                for n, value in [*first, *((len(state) + n, v) for n, v in target.of_start(k, out))]:
-                    after[n] = b.aten("where.self", here, value, after[n])
-            state = b.hold(op, j, after[: len(state)], state)
-            for part, result, node in zip(collected, target.results, after[len(state) :], strict=True):
-                part.append(node if result.how == "cat" else b.aten("unsqueeze.default", node, result.dim))
-        joined = [b.cat(part, r.dim) for part, r in zip(collected, target.results, strict=True)]
-        return (tuple(joined), state) if op.carries else tuple(joined)
-
     layouts = []
     results: list[fx.Node] = list(target.body.output_node().args[0])[len(carries) :]  # type: ignore[arg-type]
     for result, node in zip(target.results, results, strict=True):
@@ -81,7 +91,7 @@ def loop(call: Call) -> Fact:
         layouts,
         [read(f, Taps(1, 1, -before, 0), fill=0.0) if before else read(f) for f in streams],
         length_of=[streams[0]],
-        lower=lower,
+        lower=functools.partial(_lower, target, statics, before),
         carries=carries,
         indexed=bool(target.starts or target.ramps),
         sequential=bool(carries),

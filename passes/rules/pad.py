@@ -23,7 +23,7 @@ def pad(call: Call) -> Fact:
     """``F.pad``: pairs of (left, right) from the last dimension backwards; negative ones crop."""
     x = call.stream("self")
     amounts = list(call.arg("pad", call.arg("padding")))
-    name = call.node.target._schema.name  # type: ignore[union-attr]
+    name = call.op_name
     mode = call.arg("mode", "reflect" if "reflection" in name else "replicate" if "replication" in name else "constant")
     rank = len(x.layout)
     pairs = {rank - 1 - i // 2: (amounts[i], amounts[i + 1]) for i in range(0, len(amounts), 2)}

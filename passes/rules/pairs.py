@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -280,7 +281,7 @@ def matmul(call: Call) -> Fact:
     added = None
     if "batch1" in args:
         added = args["self"]
-    return product(call, nodes, terms, result, dims, added)
+    return _Product(call, nodes, terms, result, dims).fact(added)
 
 
 @pair_rule(aten.einsum.default)
@@ -296,7 +297,7 @@ def einsum(call: Call) -> Fact:
     for term, node in zip(terms, nodes, strict=True):
         for letter, d in zip(term, _tensor(call, node), strict=True):
             dims[letter] = dims.get(letter) or d
-    return product(call, nodes, terms, list(result), dims, None)
+    return _Product(call, nodes, terms, list(result), dims).fact(None)
 
 
 def _tensor(call: Call, node: fx.Node) -> Layout:
@@ -306,132 +307,144 @@ def _tensor(call: Call, node: fx.Node) -> Layout:
     return call.ungroup(fact).layout if isinstance(fact, Value) else call.static_layout(node)
 
 
-def product(
-    call: Call, nodes: list[fx.Node], terms: list[list[str]], result: list[str], dims: Mapping[str, Dim], added: Any
-) -> Fact:
-    """A sum of products of two tensors, their dimensions named by letters."""
-    facts = [call.facts[n] for n in nodes]
-    values = [f.value if isinstance(f, Pair) else call.ungroup(f) if isinstance(f, Value) else None for f in facts]
-    if all(isinstance(f, Value) for f in facts):
-        left, right = (v for v in values if v is not None)
-        row, column = terms[0][left.layout.time], terms[1][right.layout.time]
-        call.require(row != column and {row, column} <= set(result), "a product that sums over the time axis")
-        call.require(row not in terms[1] and column not in terms[0], "frames lie along features")
-        same_clock(call, [left, right])
-        layout = Layout(tuple((TIME,) if x == row else (KEY,) if x == column else dims[x] for x in result))
-        operands, all_nodes, columns = [left, right], list(nodes), [1]
-        if isinstance(call.fact(added), Pair):
-            mask = call.facts[added].value
+@dataclass(frozen=True)
+class _Product:
+    """A sum of products of two tensors, their dimensions named by letters.
+
+    Attributes:
+        nodes: the tensors.
+        terms: the letters of each.
+        result: those of the sum.
+        dims: what of frames, batch and sizes lies along each.
+    """
+
+    call: Call
+    nodes: list[fx.Node]
+    terms: list[list[str]]
+    result: list[str]
+    dims: Mapping[str, Dim]
+
+    def fact(self, added: Any) -> Fact:
+        """What the sum is: `added` is added to it."""
+        facts = [self.call.facts[n] for n in self.nodes]
+        values = [
+            f.value if isinstance(f, Pair) else self.call.ungroup(f) if isinstance(f, Value) else None for f in facts
+        ]
+        if all(isinstance(f, Value) for f in facts):
+            left, right = (v for v in values if v is not None)
+            return self._of_frames(left, right, added)
+        self.call.require(added is None, "weights are multiplied and added to")
+        paired = [i for i, f in enumerate(facts) if isinstance(f, Pair)]
+        weights, other = values[paired[0]], values[1 - paired[0]]
+        assert weights is not None
+        row, column = self.terms[paired[0]][weights.layout.time], self.terms[paired[0]][weights.layout.key]
+        if {row, column} <= set(self.result):
+            return self._entry_by_entry((row, column))
+        self.call.require(other is not None, "pairs are multiplied with something without time")
+        assert other is not None
+        if other.layout.paired:
+            return self._summed_with((row, column))
+        self.call.require(
+            self.terms[1 - paired[0]][other.layout.time] == column, "weights are multiplied with their queries' frames"
+        )
+        self.call.require(column not in self.result and row in self.result, "weights are multiplied but not summed")
+        same_clock(self.call, [weights, other])
+        layout = self._layout(row)
+        order = [self.nodes[paired[0]], self.nodes[1 - paired[0]]]
+
+        def lower(b: Any, op: Op, scope: Scope) -> Any:
+            node = b.where_exists(evaluate(b, weights, scope), weights.layout, 0, scope)
+            windows = [
+                Window(node, scope.rows.start, scope.rows.stop),
+                Window(scope.frames[other, True], scope.columns.start, scope.columns.stop),
+            ]
+            return b.call(dataclasses.replace(op, stream_nodes=order), windows)
+
+        return summed_up(self.call, layout, weights, [(other, True)], lower)
+
+    def _of_frames(self, left: Value, right: Value, added: Any) -> Pair:
+        """An entry for every frame of one stream and every frame of another: queries times keys."""
+        row, column = self.terms[0][left.layout.time], self.terms[1][right.layout.time]
+        self.call.require(row != column and {row, column} <= set(self.result), "a product that sums over the time axis")
+        self.call.require(row not in self.terms[1] and column not in self.terms[0], "frames lie along features")
+        same_clock(self.call, [left, right])
+        layout = self._layout(row, column)
+        operands, all_nodes, columns = [left, right], list(self.nodes), [1]
+        if isinstance(self.call.fact(added), Pair):
+            mask = self.call.facts[added].value
             at = len(layout) - len(mask.layout)
-            call.require(
+            self.call.require(
                 (at + mask.layout.time, at + mask.layout.key) == (layout.time, layout.key), "a mask lies crosswise"
             )
-            same_clock(call, [left, mask])
+            same_clock(self.call, [left, mask])
             operands, all_nodes = [*operands, mask], [*all_nodes, added]
-        elif isinstance(call.fact(added), Value):
-            one = call.ungroup(call.facts[added])
+        elif isinstance(self.call.fact(added), Value):
+            one = self.call.ungroup(self.call.facts[added])
             at = len(layout) - len(one.layout) + one.layout.time
-            call.require(at in (layout.time, layout.key), "what is added lies along features")
-            same_clock(call, [left, one])
+            self.call.require(at in (layout.time, layout.key), "what is added lies along features")
+            same_clock(self.call, [left, one])
             columns += [2] if at == layout.key else []
             operands, all_nodes = [*operands, one], [*all_nodes, added]
         elif added is not None:
             shape = added.meta["val"].shape
-            call.require(all(s == 1 for s in shape[-2:]), "what is added lies along time")
-        return make(call, layout, operands, columns=columns, nodes=all_nodes, rows=left)
-    call.require(added is None, "weights are multiplied and added to")
-    paired = [i for i, f in enumerate(facts) if isinstance(f, Pair)]
-    weights, other = values[paired[0]], values[1 - paired[0]]
-    assert weights is not None
-    row, column = terms[paired[0]][weights.layout.time], terms[paired[0]][weights.layout.key]
-    if {row, column} <= set(result):
-        return _entry_by_entry(call, nodes, terms, result, dims, (row, column))
-    call.require(other is not None, "pairs are multiplied with something without time")
-    assert other is not None
-    if other.layout.paired:
-        return _summed_with(call, nodes, terms, result, dims, (row, column))
-    call.require(terms[1 - paired[0]][other.layout.time] == column, "weights are multiplied with their queries' frames")
-    call.require(column not in result and row in result, "weights are multiplied but not summed")
-    same_clock(call, [weights, other])
-    layout = Layout(tuple((TIME,) if x == row else dims[x] for x in result))
-    order = [nodes[paired[0]], nodes[1 - paired[0]]]
+            self.call.require(all(s == 1 for s in shape[-2:]), "what is added lies along time")
+        return make(self.call, layout, operands, columns=columns, nodes=all_nodes, rows=left)
 
-    def lower(b: Any, op: Op, scope: Scope) -> Any:
-        node = b.where_exists(evaluate(b, weights, scope), weights.layout, 0, scope)
-        windows = [
-            Window(node, scope.rows.start, scope.rows.stop),
-            Window(scope.frames[other, True], scope.columns.start, scope.columns.stop),
+    def _layout(self, row: str, column: str | None = None) -> Layout:
+        """The result's layout, with frames along these letters."""
+        return Layout(tuple((TIME,) if x == row else (KEY,) if x == column else self.dims[x] for x in self.result))
+
+    def _entry_by_entry(self, pair: tuple[str, str]) -> Pair:
+        """Products of vectors that there are for every two frames, as of queries and embeddings of distances."""
+        values = {n: self._factor(n, term, pair) for n, term in zip(self.nodes, self.terms, strict=True)}
+        given = {n: v for n, v in values.items() if v is not None}
+        clock = next(v for v in given.values() if v.layout.paired)
+        same_clock(self.call, list(given.values()))
+        layout = self._layout(*pair)
+        term_of = dict(zip(self.nodes, self.terms, strict=True))
+        columns = [
+            i for i, (n, v) in enumerate(given.items()) if not v.layout.paired and term_of[n][v.layout.time] == pair[1]
         ]
-        return b.call(dataclasses.replace(op, stream_nodes=order), windows)
+        return make(self.call, layout, list(given.values()), columns=columns, nodes=list(given), rows=clock)
 
-    return summed_up(call, layout, weights, [(other, True)], lower)
+    def _factor(self, node: fx.Node, term: list[str], pair: tuple[str, str]) -> Value | None:
+        """A factor of such a product, if it depends on time: its frames lie along those of the pairs."""
+        fact = self.call.facts[node]
+        if isinstance(fact, Pair):
+            lies = (term[fact.value.layout.time], term[fact.value.layout.key])
+            self.call.require(lies == pair, "pairs of frames are multiplied crosswise")
+            return fact.value
+        if isinstance(fact, Value):
+            value = self.call.ungroup(fact)
+            self.call.require(term[value.layout.time] in pair, "frames lie along features")
+            return value
+        self.call.require(not set(pair) & set(term), "something without time lies along the time axis")
+        return None
 
+    def _summed_with(self, pair: tuple[str, str]) -> Value:
+        """Weights times vectors that there are for every two frames, summed over the keys."""
+        weights, other = (self._factor(n, term, pair) for n, term in zip(self.nodes, self.terms, strict=True))
+        assert weights is not None and other is not None
+        self.call.require(
+            pair[0] in self.result and pair[1] not in self.result, "weights are multiplied but not summed"
+        )
+        same_clock(self.call, [weights, other])
+        layout = self._layout(pair[0])
+        known = evaluator(self.call)
+        if not streams_of(weights):
+            weights, other = other, weights
+        reach = find_reach(known, weights)
+        reach = dataclasses.replace(reach, alike=reach.alike | alike(known, other, reach.limit))
+        factors = [f.value for n in self.nodes if isinstance(f := self.call.facts[n], Pair)]
 
-def _entry_by_entry(
-    call: Call,
-    nodes: list[fx.Node],
-    terms: list[list[str]],
-    result: list[str],
-    dims: Mapping[str, Dim],
-    pair: tuple[str, str],
-) -> Pair:
-    """Products of vectors that there are for every two frames, as those of queries and embeddings of distances are."""
-    values = {n: _operands(call, n, term, pair) for n, term in zip(nodes, terms, strict=True)}
-    given = {n: v for n, v in values.items() if v is not None}
-    clock = next(v for v in given.values() if v.layout.paired)
-    same_clock(call, list(given.values()))
-    layout = Layout(tuple((TIME,) if x == pair[0] else (KEY,) if x == pair[1] else dims[x] for x in result))
-    term_of = dict(zip(nodes, terms, strict=True))
-    columns = [
-        i for i, (n, v) in enumerate(given.items()) if not v.layout.paired and term_of[n][v.layout.time] == pair[1]
-    ]
-    return make(call, layout, list(given.values()), columns=columns, nodes=list(given), rows=clock)
+        def lower(b: Any, op: Op, scope: Scope) -> Any:
+            windows = [
+                Window(b.where_exists(evaluate(b, v, scope), v.layout, 0, scope), scope.rows.start, scope.rows.stop)
+                for v in factors
+            ]
+            return b.call(dataclasses.replace(op, stream_nodes=self.nodes), windows)
 
-
-def _operands(call: Call, node: fx.Node, term: list[str], pair: tuple[str, str]) -> Value | None:
-    """A factor of such a product, if it depends on time: its frames lie along those of the pairs."""
-    fact = call.facts[node]
-    if isinstance(fact, Pair):
-        lies = (term[fact.value.layout.time], term[fact.value.layout.key])
-        call.require(lies == pair, "pairs of frames are multiplied crosswise")
-        return fact.value
-    if isinstance(fact, Value):
-        value = call.ungroup(fact)
-        call.require(term[value.layout.time] in pair, "frames lie along features")
-        return value
-    call.require(not set(pair) & set(term), "something without time lies along the time axis")
-    return None
-
-
-def _summed_with(
-    call: Call,
-    nodes: list[fx.Node],
-    terms: list[list[str]],
-    result: list[str],
-    dims: Mapping[str, Dim],
-    pair: tuple[str, str],
-) -> Value:
-    """Weights times vectors that there are for every two frames, summed over the keys."""
-    weights, other = (_operands(call, n, term, pair) for n, term in zip(nodes, terms, strict=True))
-    assert weights is not None and other is not None
-    call.require(pair[0] in result and pair[1] not in result, "weights are multiplied but not summed")
-    same_clock(call, [weights, other])
-    layout = Layout(tuple((TIME,) if x == pair[0] else dims[x] for x in result))
-    known = evaluator(call)
-    if not streams_of(weights):
-        weights, other = other, weights
-    reach = find_reach(known, weights)
-    reach = dataclasses.replace(reach, alike=reach.alike | alike(known, other, reach.limit))
-    factors = [f.value for n in nodes if isinstance(f := call.facts[n], Pair)]
-
-    def lower(b: Any, op: Op, scope: Scope) -> Any:
-        windows = [
-            Window(b.where_exists(evaluate(b, v, scope), v.layout, 0, scope), scope.rows.start, scope.rows.stop)
-            for v in factors
-        ]
-        return b.call(dataclasses.replace(op, stream_nodes=nodes), windows)
-
-    return summed_up(call, layout, weights, streams_of(other), lower, reach)
+        return summed_up(self.call, layout, weights, streams_of(other), lower, reach)
 
 
 def summed_up(

@@ -43,7 +43,7 @@ def pooled_length(k: int, s: int, p: int, d: int, ceil: bool) -> Any:
 def max_pool(call: Call) -> Fact:
     """The largest entry of each window; outside stands -inf."""
     x = call.stream("self")
-    indices = "with_indices" in call.node.target._schema.name  # type: ignore[union-attr]
+    indices = "with_indices" in call.op_name
     call.require(
         not indices or all(u.target is not None and u.args[1:] == (0,) for u in call.node.users),
         "the indices of max pooling are read",
@@ -163,7 +163,7 @@ def _but(given: list[int], axis: int, value: int) -> list[int]:
 
 
 def _spatial(call: Call) -> int:
-    return int(call.node.target._schema.name.split("pool")[1][0])  # type: ignore[union-attr]
+    return int(call.op_name.split("pool")[1][0])
 
 
 def _spatial_layout(call: Call, layout: Layout, n: int) -> Layout:

@@ -67,7 +67,7 @@ def transpose(call: Call) -> Fact:
     """Two dimensions exchanged."""
     x = call.stream("self")
     rank = len(x.layout)
-    name = call.node.target._schema.name  # type: ignore[union-attr]
+    name = call.op_name
     if name in ("aten::t", "aten::numpy_T"):
         return _permuted(call, x, list(reversed(range(rank))))
     default = (-2, -1) if name in ("aten::mT", "aten::adjoint") else (0, 1)

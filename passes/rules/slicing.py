@@ -41,7 +41,7 @@ def constant(values: Sizes) -> int | None:
 @rule(*overloads("slice.Tensor narrow.default slice_copy.Tensor"), takes_rolled=True)
 def slice_(call: Call) -> Fact:
     """``x[start:end:step]`` of one dimension."""
-    narrow = "narrow" in call.node.target._schema.name  # type: ignore[union-attr]
+    narrow = "narrow" in call.op_name
     rolled = call.fact(call.samples[0]["self"])
     if isinstance(rolled, Rolled):
         return part(call, *_without_wrapped(call, rolled, narrow), 1)
@@ -138,7 +138,7 @@ def split(call: Call) -> Fact:
     axis = call.arg("dim", 0) % len(x.layout)
     if axis == x.layout.time:
         return _split_in_time(call)
-    if "unbind" in call.node.target._schema.name:  # type: ignore[union-attr]
+    if "unbind" in call.op_name:
         return call.framewise([x.layout.replace(axis)] * len(call.sizes[0]))
     layouts = [x.layout.replace(axis, dim(size[axis])) for size in call.sizes[0]]
     return call.framewise(layouts)
@@ -147,7 +147,7 @@ def split(call: Call) -> Fact:
 def _split_in_time(call: Call) -> Fact:
     """The clip parted at fixed places, counted from its start or its end, as ``split([n - 1, 1])`` does."""
     x = call.stream("self", clean=True)
-    name = call.node.target._schema.name  # type: ignore[union-attr]
+    name = call.op_name
     call.require("unbind" not in name, "the time axis is split into frames of the clip")
     parts = [tuple(s[i][x.layout.time] for s in call.sizes) for i in range(len(call.sizes[0]))]
     moving = [p for p in parts if constant(p) is None]
