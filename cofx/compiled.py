@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
+import operator
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -26,6 +28,8 @@ from .runtime.state import StreamState, allocate, grow
 EVALUATIONS = 8  # of a clip or a loop's body in one program
 REPEATED = 256  # ops of clips that a program repeats for them, beyond the first evaluation
 KEPT_PROGRAMS = 512
+GLANCES = 64  # parameters that a step looks at, whether they have changed
+_VERSION = operator.attrgetter("_version")
 CAPACITY = 16  # ticks for which there is room at first, in a state that grows
 
 
@@ -55,7 +59,8 @@ class Compiled:
         self.unrolled = any(op.unrolled for op in plan.schedule.graph.ops)
         self._seen = self._fingerprint()
         self._stale = False
-        self._sources: tuple[list[torch.Tensor], list[int]] = [], []  # of folded constants, with their versions then
+        self._looked = 0  # sources of folded constants that are watched
+        self._shares: Iterator[Any] = iter(())  # those that count what is written to them, and their counts then
         before = plan.schedule.counts(0)
         self.early = any(before[v] > 0 for op in plan.schedule.graph.ops for v in op.outputs)
         self._parameters = list(model.parameters())
@@ -96,7 +101,7 @@ class Compiled:
                         "    try     compile the model again"
                     )
             self.plan.constants.renew(now)
-            self._sources = [], []
+            self._looked, self._shares = 0, iter(())
             self.programs.clear()
             self._works.clear()
             self._parameters = list(self.model.parameters())
@@ -107,14 +112,19 @@ class Compiled:
         return changed
 
     def notice(self) -> None:
-        """Warn, once, if parameters have changed from which a running program has folded constants."""
+        """Warn, once, if parameters have changed from which a running program has folded constants.
+
+        Of many, each call looks at some, in turn: their counters lie far from each other in memory.
+        """
         if torch.compiler.is_dynamo_compiling():
             return
         folded = self.plan.constants.folded
-        if len(folded) != len(self._sources[0]):
-            self._sources = [t for t, _, _ in folded.values()], [v for _, v, _ in folded.values()]
-        sources, versions = self._sources
-        if not self._stale and [version(t) for t in sources] != versions:
+        if len(folded) != self._looked:
+            counted = [(t, v) for t, v, _ in folded.values() if not t.is_inference()]
+            shares = [counted[i : i + GLANCES] for i in range(0, len(counted), GLANCES)]
+            self._looked, self._shares = len(folded), itertools.cycle(tuple(zip(*s, strict=True)) for s in shares)
+        sources, versions = next(self._shares, ((), ()))
+        if not self._stale and tuple(map(_VERSION, sources)) != versions:
             self._stale = True
             warnings.warn(
                 "parameters have changed from which constants were computed: this stream goes on with the old ones "

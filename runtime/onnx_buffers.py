@@ -86,10 +86,26 @@ def _zeros(shape: Sequence[Any], dtype: str, lanes: int) -> Array:
 
 
 def open_session(
-    model: str | bytes, threads: int, providers: Sequence[str] = ("CPUExecutionProvider",)
+    model: str | bytes,
+    threads: int,
+    providers: Sequence[str] = ("CPUExecutionProvider",),
+    optimize: bool = True,
+    optimized: str = "",
 ) -> ort.InferenceSession:
-    """A session of a model, or of the file that holds one; ONNX Runtime's own errors if it cannot be run."""
+    """A session of a model; ONNX Runtime's own errors if it cannot be run.
+
+    Args:
+        model: itself, or the file that holds it.
+        threads: that work on one op.
+        providers: of kernels.
+        optimize: whether ONNX Runtime optimizes it.
+        optimized: a file for what it makes of it, if any.
+    """
     options = ort.SessionOptions()
+    if not optimize:
+        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+    if optimized:
+        options.optimized_model_filepath = optimized
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
     options.log_severity_level = 3

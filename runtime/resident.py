@@ -43,12 +43,49 @@ class Room:
     """How a part of the state is kept.
 
     Attributes:
-        shape: its second dimension may be longer than the part's.
+        part: its shape.
+        shape: the same, with a second dimension that may be longer.
         order: the part's dimensions as they lie in memory, the outermost first.
+        block: how many entries of what lies second lie together, innermost; that is filled up to a multiple of them.
     """
 
+    part: tuple[int, ...]
     shape: tuple[int, ...]
     order: tuple[int, ...]
+    block: int = 1
+
+    @property
+    def lying(self) -> list[int]:
+        """The shape of its memory, as a session has it."""
+        sizes = [self.shape[d] for d in self.order]
+        if self.block > 1:
+            sizes[1] = -(-sizes[1] // self.block) * self.block
+        return sizes
+
+    def write(self, memory: torch.Tensor, part: torch.Tensor) -> None:
+        """Put a part there."""
+        lying = memory if self.block == 1 else torch.zeros_like(memory)
+        self._of(lying).copy_(part)
+        if self.block > 1:
+            self._blocks(memory).copy_(lying.view(len(lying), -1, self.block, *lying.shape[2:]))
+
+    def read(self, memory: torch.Tensor) -> torch.Tensor:
+        """A copy of the part that lies there."""
+        lying = memory if self.block == 1 else self._blocks(memory).flatten(1, 2)
+        return self._of(lying).clone(memory_format=torch.contiguous_format)
+
+    def _blocks(self, memory: torch.Tensor) -> torch.Tensor:
+        """Memory as ``[first, blocks, entries of a block, others...]``."""
+        first, second, *others = memory.shape
+        blocks = memory.view(first, second // self.block, *others, self.block)
+        return blocks.movedim(-1, 2)
+
+    def _of(self, lying: torch.Tensor) -> torch.Tensor:
+        """The part in memory without blocks."""
+        for dim, size in enumerate(self.shape[d] for d in self.order):
+            lying = lying.narrow(dim, 0, size)
+        whole = lying.permute([self.order.index(d) for d in range(len(self.order))])
+        return whole if whole.shape == self.part else whole.narrow(1, 0, self.part[1])
 
 
 @dataclass(frozen=True, eq=False)
@@ -94,12 +131,12 @@ class Residence:
         self.frames = [torch.zeros_like(x, memory_format=torch.contiguous_format) for x in frames]
         self.frame_values = [lend(x.numpy()) for x in self.frames]
         self.groups = tuple(groups)
-        self.buffers: list[torch.Tensor] = []  # as the parts that lie in them
-        self.values: list[ort.OrtValue] = []  # as they lie
+        self.buffers: list[tuple[Room, torch.Tensor]] = []
+        self.values: list[ort.OrtValue] = []  # of the buffers
         self.rings: dict[int, list[int]] = {}
         for group, part, room in zip(groups, parts, rooms, strict=True):
-            self._buffer(group, part, room)
-        last = {group: (part, room) for group, part, room in zip(groups, parts, rooms, strict=True)}
+            self._buffer(group, room, part.dtype)
+        last = {group: (room, part.dtype) for group, part, room in zip(groups, parts, rooms, strict=True)}
         for group, kept in last.items():
             new = max(
                 sum(isinstance(a, Made) and g == group for a, g in zip(p.after, groups, strict=True)) for p in programs
@@ -110,11 +147,10 @@ class Residence:
         self.ways: dict[tuple[int, tuple[int, ...]], tuple[ort.IOBinding, Resident]] = {}
         self.live: tuple[Resident | None, Resident | None] = None, None
 
-    def _buffer(self, group: int, part: torch.Tensor, room: Room) -> None:
+    def _buffer(self, group: int, room: Room, dtype: torch.dtype) -> None:
         self.rings.setdefault(group, []).append(len(self.buffers))
-        memory = part.new_zeros([room.shape[d] for d in room.order])
-        whole = memory.permute([room.order.index(d) for d in range(len(room.order))])
-        self.buffers.append(whole if whole.shape == part.shape else whole.narrow(1, 0, part.shape[1]))
+        memory = torch.zeros(room.lying, dtype=dtype)
+        self.buffers.append((room, memory))
         self.values.append(lend(memory.numpy()))
 
     def load(self, parts: Sequence[torch.Tensor]) -> Resident:
@@ -122,7 +158,8 @@ class Residence:
         places = {group: iter(ring) for group, ring in self.rings.items()}
         at = tuple(next(places[g]) for g in self.groups)
         for i, part in zip(at, parts, strict=True):
-            self.buffers[i].copy_(part)
+            room, memory = self.buffers[i]
+            room.write(memory, part)
         state = Resident(self, at)
         self.live = state, None
         return state
@@ -131,7 +168,7 @@ class Residence:
         """Copies of all parts of a state."""
         if not any(state is s for s in self.live):
             raise AssertionError("a state of long ago")
-        return tuple(self.buffers[i].clone(memory_format=torch.contiguous_format) for i in state.at)
+        return tuple(room.read(memory) for room, memory in (self.buffers[i] for i in state.at))
 
     def step(self, phase: int, frames: Sequence[torch.Tensor], state: Resident) -> tuple[list[Any], Resident]:
         """The outputs, which are the caller's, and the state after; None where nothing is due."""

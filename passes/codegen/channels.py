@@ -7,7 +7,7 @@ weights of what makes them and of what reads them have zeros there. Everything e
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -15,9 +15,7 @@ from torch import fx
 
 from ..canonicalize import bind, unbind
 from ..registry import is_pointwise
-
-if TYPE_CHECKING:
-    from .frames import Sizes
+from .frames import REDUCTIONS, Sizes
 
 aten = torch.ops.aten
 
@@ -48,7 +46,10 @@ class _Padding:
         if not self.slow:
             return
         self.states = set(states)
-        self.family = {n for n in graph.nodes if self._belongs(n)}
+        self.family: set[fx.Node] = set()
+        for node in graph.nodes:
+            if self._belongs(node):
+                self.family.add(node)
         self.made: dict[fx.Node, fx.Node] = {}  # with more channels, or without
         for node in list(graph.nodes):
             if node.op == "output":
@@ -92,6 +93,10 @@ class _Padding:
         if node.target is aten.conv2d.default:
             given = self._given(node)
             return self._depthwise(node) or (given is not None and given["groups"] == 1)
+        if node.target in REDUCTIONS:  # of each channel by itself
+            reduced = bind(node.target, node.args, node.kwargs)
+            dims = [reduced["dim"]] if isinstance(reduced["dim"], int) else reduced["dim"] or [1]
+            return reduced["self"] in self.family and reduced["keepdim"] and all(d % 4 > 1 for d in dims)
         if not is_pointwise(node.target):
             return False
         operands = [self.sizes.get(n) for n in node.all_input_nodes]

@@ -75,6 +75,7 @@ class Apart:
         states: Mapping[fx.Node, int],
         kept: Sequence[int | None],
         derive: Callable[[fx.Node, str, Callable[[torch.Tensor], torch.Tensor]], str | None],
+        blocks: bool,
     ) -> None:
         """
         Args:
@@ -83,7 +84,9 @@ class Apart:
             states: the placeholders that are taken apart, with their dimension of frames.
             kept: for each state that is returned the dimension in which it is taken apart, or None.
             derive: the name of an attribute computed from the one that a node names; None if it names none.
+            blocks: it runs where pictures lie in blocks of channels (`blocked.py`).
         """
+        self.blocks = blocks
         self.old, self.sizes, self.states, self.kept, self.derive = graph, sizes, states, kept, derive
         self.graph = fx.Graph()
         self.env: dict[fx.Node, Any] = {}
@@ -187,6 +190,8 @@ class Apart:
             return None
         if any(p not in self.sizes for p in parts) or self.sizes[node][axis] > MOST + 1:  # type: ignore[union-attr,index]
             return None
+        if any(not isinstance(self.env[p], Frames) and self.sizes[p][axis] > 1 for p in parts):  # type: ignore[union-attr,index]
+            return None  # frames that are kept side by side
         return Frames(axis, tuple(n for p in parts for n in self.apart(p, axis).nodes))  # type: ignore[arg-type,union-attr]
 
     def _slice(self, node: fx.Node, bound: dict[str, Any]) -> Frames | None:
@@ -211,7 +216,8 @@ class Apart:
             return None
         frames = self.apart(bound["input"], 2).nodes[:: dilation[0]]
         alone = {*self.sizes[weight][3:], *stride[1:]} == {1} and not any(padding)  # each position by itself
-        if alone and bound["groups"] == 1 and prod(size[3:]) <= FEW:
+        kept = self.blocks and len(size) == 5 and prod(size[3:]) > 1
+        if alone and bound["groups"] == 1 and prod(size[3:]) <= FEW and not kept:
             return Frames(2, (self._rows(frames, weight, bound["bias"], size),))
         total = None
         for i, frame in enumerate(frames):

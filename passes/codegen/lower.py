@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 from ..canonicalize import bind, listed, unbind
 from ..symbolic_recurrence import SHAPE_KERNELS
 from .einsum import expand_einsums
-from .frames import Apart
+from .frames import REDUCTIONS, Apart
 from .kernels import choose_kernels
 from .uniform import Uniform
 from .units import Units
@@ -77,10 +77,11 @@ class Lowering:
                 self.fold_norm(node)
         self.inputs: set[str] = set()  # the names of the arguments that are the caller's
         if apart and self.size_of:
-            one, other = self.take_apart(apart, one, other)
+            one, other = self.take_apart(apart, not kernels, one, other)
             self.size_of = shapes_of(self.graph, self.tensors, one)
         if self.fast and self.size_of:
             self.expand_norms(one)
+            self.reduce_windows()
             other_sizes = shapes_of(self.graph, self.tensors, other) if other != one else dict(self.size_of)
             expand_einsums(self, other_sizes)
             Uniform(self.graph, self.size_of, other_sizes, self.number)
@@ -94,7 +95,7 @@ class Lowering:
             choose_kernels(self, self.inputs)
         self.graph.eliminate_dead_code()
 
-    def take_apart(self, apart: Mapping[str, int], *arguments: Shapes) -> list[Shapes]:
+    def take_apart(self, apart: Mapping[str, int], blocks: bool, *arguments: Shapes) -> list[Shapes]:
         """Frames of these states one by one; the shapes of the arguments as they are then."""
         given = [n for n in self.graph.nodes if n.op == "placeholder"]
         states = {n: apart[n.name] for n in given if n.name in apart}
@@ -106,7 +107,7 @@ class Lowering:
             tensor = self.held(node)
             return None if tensor is None else self.derived_name(how, [tensor], lambda: make(tensor))
 
-        self.graph = Apart(self.graph, self.size_of, states, kept, derive).graph
+        self.graph = Apart(self.graph, self.size_of, states, kept, derive, blocks).graph
         return [list(_single(given, shapes, states)) for shapes in arguments]
 
     def number(self, number: torch.Tensor) -> str:
@@ -203,6 +204,25 @@ class Lowering:
             self.size_of[found] = size
         norm.replace_all_uses_with(found)
         self.graph.erase_node(norm)
+
+    def reduce_windows(self) -> None:
+        """``x.unfold(dim, len, 1).sum(-1) = x.sum(dim, keepdim=True)`` as there is one window; others likewise."""
+        for node in list(self.graph.nodes):
+            if node.target not in REDUCTIONS or node not in self.size_of:
+                continue
+            given = bind(node.target, node.args, node.kwargs)
+            windows, dims = given["self"], given["dim"]
+            rank = len(self.size_of.get(windows, ()))
+            if windows.target is not aten.unfold.default or given["keepdim"] or dims not in ([-1], [rank - 1]):
+                continue
+            source, dim, length, _ = windows.args
+            if length == self.size_of[source][dim]:
+                args, kwargs = unbind(node.target, {**given, "self": source, "dim": [dim], "keepdim": True})
+                with self.graph.inserting_before(node):
+                    found = self.graph.call_function(node.target, args, kwargs)
+                self.size_of[found] = self.size_of[node]
+                node.replace_all_uses_with(found)
+                self.graph.erase_node(node)
 
     def convolution(self, node: fx.Node) -> None:
         """A convolution whose first kernel dimension takes all frames of its input, to one frame of output."""

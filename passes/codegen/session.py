@@ -24,6 +24,7 @@ from .orders import Order, Orders
 aten = torch.ops.aten
 
 if TYPE_CHECKING:
+    import onnx_ir as ir
     import onnxruntime as ort
 
     from ...runtime.resident import Room, SessionProgram
@@ -52,15 +53,15 @@ def compile_sessions(
 
     made = [_Phase(p, arguments, frames, alone=len(programs) == 1) for p in programs]
     orders = _orders(made, groups)
-    sessions = []
     for phase in made:
         phase.turn(orders)
-        session = None
-        if phase.made:
-            step = as_module(phase.graph, phase.tensors)
-            session = _session(onnx_model(plan, step, phase.examples, opset_version=OPSET))
-        sessions.append(SessionProgram(session, phase.results, phase.after))
-    return sessions, [Room(shape, order) for shape, order in zip(made[0].rooms, orders, strict=True)]
+    models = [onnx_model(plan, p.module(), p.examples, opset_version=OPSET) if p.made else None for p in made]
+    sessions, blocked = _sessions(models, [p.after for p in made], frames, groups)
+    rooms = [
+        Room(tuple(x.shape), shape, order, blocked.get(group, 1))
+        for x, shape, order, group in zip(arguments[frames:], made[0].rooms, orders, groups, strict=True)
+    ]
+    return [SessionProgram(s, p.results, p.after) for s, p in zip(sessions, made, strict=True)], rooms
 
 
 class _Phase:
@@ -94,6 +95,10 @@ class _Phase:
         natural = Orders(self.graph, self.sizes, self.tensors, {}, [None] * self.made).natural
         return {i: natural[a.number] for i, a in enumerate(self.after) if isinstance(a, Made)}
 
+    def module(self) -> fx.GraphModule:
+        """As it is now."""
+        return as_module(self.graph, self.tensors)
+
     def turn(self, orders: Sequence[Order]) -> None:
         """Let everything be computed in the order in which it comes about, with parts of the state that lie like this.
 
@@ -125,20 +130,46 @@ def _orders(phases: Sequence[_Phase], groups: Sequence[int]) -> list[Order]:
     return [found[g].most_common(1)[0][0] if g in found else order for g, order in zip(groups, plain, strict=True)]
 
 
-def _session(model: Any) -> ort.InferenceSession:
-    """A session of an ONNX model; through a file if it is too large for one message."""
+def _sessions(
+    models: Sequence[Any], afters: Sequence[Sequence[Passed | Made]], frames: int, groups: Sequence[int]
+) -> tuple[list[ort.InferenceSession | None], dict[int, int]]:
+    """Sessions of the ONNX models of a step, and the groups of its state that lie in blocks of so many channels.
+
+    Args:
+        models: one for each phase; None where nothing is computed.
+        afters: for each phase where each part of the state after comes from.
+        frames: how many of their inputs are not state.
+        groups: for each part which history or state it belongs to.
+    """
+    from . import blocked
+
+    opened = [None if m is None else _open(m) for m in models]
+    sessions = [None if x is None else x[0] for x in opened]
+    optimized = [None if x is None else x[1] for x in opened]
+    if not any(m is not None and blocked.in_blocks(m) for m in optimized):
+        return sessions, {}
+    kept, models = blocked.keep_in_blocks(optimized, afters, frames, groups)
+    sessions = [s if m is None else _open(m, optimize=False)[0] for s, m in zip(sessions, models, strict=True)]
+    return sessions, dict.fromkeys(kept, blocked.block_size())
+
+
+def _open(model: Any, optimize: bool = True) -> tuple[ort.InferenceSession, ir.Model | None]:
+    """A session of an ONNX model, and what ONNX Runtime makes of it if it is optimized and not too large."""
+    import onnx
+    import onnx_ir as ir
+
     from ...runtime.onnx_buffers import open_session
 
     threads = torch.get_num_threads()
     try:
-        if not too_large(model):
-            return open_session(model.SerializeToString(), threads)
-        import onnx
-
         with tempfile.TemporaryDirectory() as scratch:
-            file = os.path.join(scratch, "step.onnx")
-            onnx.save(model, file, save_as_external_data=True)
-            return open_session(file, threads)
+            if too_large(model):  # for one message
+                file = os.path.join(scratch, "step.onnx")
+                onnx.save(model, file, save_as_external_data=True)
+                return open_session(file, threads, optimize=optimize), None
+            file = os.path.join(scratch, "optimized.onnx") if optimize else ""
+            session = open_session(model.SerializeToString(), threads, optimize=optimize, optimized=file)
+            return session, ir.load(file) if optimize else None
     except Exception as error:  # no kernel for an op in a type, say
         raise InputError(
             f"ONNX Runtime cannot run the step program: {error}\n    try     backend='eager', or 'auto', which takes "
