@@ -206,7 +206,7 @@ def test_channels_that_are_no_multiple_of_four(batch):
     assert all(a[k].shape == b[k].shape for k in b)
     (home,) = step.compiled.mid_stream._homes.values()
     shapes = [value.shape() for value in home.values]
-    assert any(len(shape) == 4 and shape[1] == 56 for shape in shapes), "nothing was padded"
+    assert any(len(shape) == 4 and shape[1] > 54 and shape[1] % 4 == 0 for shape in shapes), "nothing was padded"
 
 
 def test_unknown_backend():

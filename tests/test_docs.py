@@ -24,3 +24,9 @@ def test_first_block_of_python_runs(page, capsys):
     if printed:
         plain = [re.sub(r"[\d.]+e-\d+", "small", t).strip() for t in (said, printed)]
         assert plain[0] == plain[1]
+
+
+def test_no_page_is_half_merged():
+    pages = [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("benchmarks/**/*.md")]
+    assert len(pages) > 5
+    assert [p.name for p in pages if re.search(r"^(<<<<<<<|>>>>>>>) ", p.read_text(), re.M)] == []
