@@ -276,7 +276,6 @@ class _Rewriting:
         lying, weights = self._as(whole, blocked=True), self._as(scale, blocked=False)
         filled = _filled(self.shapes[whole])[1]
         if filled != channels:
-            weights = self._add("Reshape", weights, self._numbers(batch, channels, 1, 1))
             weights = self._add("Pad", weights, self._numbers(0, 0, 0, 0, 0, filled - channels, 0, 0))
         every = batch * filled  # the pictures of a batch are as further channels of one
         weights = self._add("Reshape", weights, self._numbers(every, 1, 1, 1))
@@ -288,11 +287,11 @@ class _Rewriting:
 
     def _average(self, value: ir.Value, shape: Shape) -> ir.Value:
         """The averages of a value's channels in some shape."""
-        channels = self.shapes[value][1]
+        batch, channels, *_ = self.shapes[value]
         made = self._add("GlobalAveragePool", self._as(value, blocked=True), domain=DOMAIN)
         if _filled(self.shapes[value])[1] != channels:
             made = self._add("Slice", made, self._numbers(0), self._numbers(channels), self._numbers(1))
-        return self._add("Reshape", made, self._numbers(*shape))
+        return made if shape == (batch, channels, 1, 1) else self._add("Reshape", made, self._numbers(*shape))
 
     def _outputs(self, states: Sequence[int]) -> None:
         for value, ways in self.ways.items():

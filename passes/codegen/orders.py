@@ -27,6 +27,9 @@ Order = tuple[int, ...]  # a tensor's dimensions as they lie, the outermost firs
 _RESHAPES = (
     aten.reshape.default, aten.view.default, aten.unsqueeze.default, aten.squeeze.dim, aten.squeeze.dims,
 )  # fmt: skip
+_POOLS = (
+    aten.adaptive_avg_pool1d.default, aten.adaptive_avg_pool2d.default, aten.adaptive_avg_pool3d.default,
+)  # fmt: skip
 
 
 class Orders:
@@ -156,6 +159,8 @@ class Orders:
             return self._reduction
         if target in (aten.linear.default, aten.matmul.default):
             return self._product
+        if target in _POOLS:
+            return self._pool
         if is_pointwise(target) or target in (aten.clone.default, aten._to_copy.default):
             return self._pointwise
         return None
@@ -226,11 +231,22 @@ class Orders:
         if dims is None or dims == []:
             return False
         dims = [d % len(lies) for d in ([dims] if isinstance(dims, int) else dims)]
+        if node.target is not aten.sum.dim_IntList and all(self.sizes[given][d] == 1 for d in dims):
+            order = _without(lies, () if bound["keepdim"] else dims)
+            self._set(node, self._reshape(self.env[given], [self.sizes[node][d] for d in order]), order)
+            return True
         more = {**bound, "self": self.env[given], "dim": [lies.index(d) for d in dims]}
         args, kwargs = unbind(node.target, more)
         made = self._call(node.target, *args, **kwargs)
-        left = lies if bound["keepdim"] else tuple(d - sum(e < d for e in dims) for d in lies if d not in dims)
-        self._set(node, made, left)
+        self._set(node, made, _without(lies, () if bound["keepdim"] else dims))
+        return True
+
+    def _pool(self, node: fx.Node) -> bool:
+        """To the size that there is."""
+        given: Any = node.args[0]
+        if self.sizes[given] != self.sizes[node]:
+            return False
+        self._set(node, self.env[given], self._lies(given))
         return True
 
     def _product(self, node: fx.Node) -> bool:
@@ -283,6 +299,11 @@ class Orders:
 
 def _plain(size: Sequence[int]) -> Order:
     return tuple(range(len(size)))
+
+
+def _without(lies: Order, dims: Sequence[int]) -> Order:
+    """How it lies without some dimensions."""
+    return tuple(d - sum(e < d for e in dims) for d in lies if d not in dims)
 
 
 def _kept(order: Sequence[int], size: Sequence[int]) -> list[int]:
