@@ -2,12 +2,13 @@
 
 import random
 
+import onnx_ir as ir
 import pytest
 import torch
 from torch import nn
 
 import cofx
-from cofx.passes.codegen import session
+from cofx.passes.codegen import blocked, session
 
 pytest.importorskip("onnxruntime")
 CHANNELS = (6, 12, 16, 24, 32, 40)
@@ -163,3 +164,12 @@ def test_state_that_gains_nothing_stays_plain():
         got = [y for y in map(step.forward_step, clip.unbind(2)) if y is not None]
         torch.testing.assert_close(torch.stack(got, 2), model(clip), rtol=1e-4, atol=1e-5)
     assert set(blocks(step)) == {1}
+
+
+def test_graphs_with_branches_are_left_alone():
+    """A branch reads values from outside, which are no inputs of its node."""
+    convolution = ir.node("Conv", [], domain=blocked.DOMAIN)
+    branch = ir.Node("", "If", [], [ir.AttrGraph("then_branch", ir.Graph([], [], nodes=[]))])
+    models = [ir.Model(ir.Graph([], [], nodes=nodes), ir_version=10) for nodes in ([convolution], [branch])]
+    assert blocked.finds_blocks(models[:1])
+    assert not blocked.finds_blocks(models)

@@ -2,17 +2,19 @@
 
 import functools
 import warnings
+from typing import Any
 
 import pytest
 import torch
 
 from contract import CHECKS, compile_case, run_check
-from models import SAMPLES, Sample
+from models import SAMPLES, Sample, spread
 from streaming import Case
 from work import check_state_size, check_work
 
 NAMES = {sample.name: sample for sample in SAMPLES}
 FURTHER = {"state_size": check_state_size, "work": check_work}
+SURFACE = ("purity", "clean", "snapshot", "aliasing")  # of the step model, whatever it is made from
 FIRST_CLIPS = [sample for sample in SAMPLES if sample.kind == "first-clip"]
 
 
@@ -28,9 +30,17 @@ def checks(sample: Sample) -> list[str]:
     return [*CHECKS, *FURTHER] if sample.kind == "stream" else [*CHECKS, "state_size"]
 
 
-@pytest.mark.parametrize(
-    "sample, check", [pytest.param(s, check, id=f"{s.name}-{check}") for s in SAMPLES for check in checks(s)]
-)
+def parameters() -> list[Any]:
+    """Every net with what is checked of it; what hardly depends on the net is a default test for every third."""
+    slow, slowly = {p.values[0].name for p in spread(3) if p.marks}, [pytest.mark.slow]
+    return [
+        pytest.param(s, check, id=f"{s.name}-{check}", marks=slowly if s.name in slow and check in SURFACE else [])
+        for s in SAMPLES
+        for check in checks(s)
+    ]
+
+
+@pytest.mark.parametrize("sample, check", parameters())
 def test_contract(sample: Sample, check: str) -> None:
     case = compiled(sample.name)
     if check in CHECKS:

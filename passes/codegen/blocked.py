@@ -53,9 +53,13 @@ def block_size() -> int:
     return int(lying.reshape(-1).tolist().index(1))  # where the second position of the first channel lies
 
 
-def in_blocks(model: ir.Model) -> bool:
-    """Whether ONNX Runtime's optimizer took this layout anywhere."""
-    return any(node.domain == DOMAIN for node in model.graph)
+def finds_blocks(models: Sequence[ir.Model | None]) -> bool:
+    """Whether ONNX Runtime's optimizer took this layout anywhere, and no branch or loop reads values from outside."""
+    nodes = [node for m in models if m is not None for node in m.graph]
+    inner = any(
+        a.type in (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS) for n in nodes for a in n.attributes.values()
+    )
+    return not inner and any(node.domain == DOMAIN for node in nodes)
 
 
 def keep_in_blocks(

@@ -146,7 +146,7 @@ def _sessions(
     opened = [None if m is None else _open(m) for m in models]
     sessions = [None if x is None else x[0] for x in opened]
     optimized = [None if x is None else x[1] for x in opened]
-    if not any(m is not None and blocked.in_blocks(m) for m in optimized):
+    if not blocked.finds_blocks(optimized):
         return sessions, {}
     kept, models = blocked.keep_in_blocks(optimized, afters, frames, groups)
     sessions = [s if m is None else _open(m, optimize=False)[0] for s, m in zip(sessions, models, strict=True)]
