@@ -16,6 +16,7 @@ import math
 import operator
 import signal
 import threading
+import traceback
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -27,6 +28,7 @@ from torch import fx, nn
 from torch._dynamo.convert_frame import compile_lock
 from torch.export import Dim, ExportedProgram, export
 from torch.export.graph_signature import InputKind
+from torch.nn.utils.rnn import PackedSequence
 from torch.utils import _pytree as pytree
 from torch.utils._sympy.printers import PythonPrinter
 
@@ -194,11 +196,24 @@ def _told(error: Exception, where: str | None) -> str:
     elif "fake tensor in the exported program" in str(error):
         reason = "the model could not be traced: it changes its parameters or buffers in forward, even in eval mode"
         where, hint = None, "change them once before compiling, or write forward so that it computes changed copies"
+    elif _packs(error):
+        reason = "the model could not be traced: it packs sequences, whose sizes are data"
+        hint = "give recurrent layers the clip itself: in a stream nothing is padded, and lanes have a `length`"
     elif isinstance(error, CaptureError):
         reason = f"the model could not be traced: {_cause(error)}"
     else:
         reason = f"the model could not be traced: {kind}: {_cause(error)}"
     return "\n".join([reason, *([f"    at      {where}"] if where else []), f"    try     {hint}"])
+
+
+def _packs(error: Exception) -> bool:
+    """Whether it was raised where sequences are packed, or used so."""
+    for frame, _ in traceback.walk_tb(error.__traceback__):
+        if frame.f_code.co_name == "pack_padded_sequence":
+            return True
+        if any(isinstance(v, PackedSequence) for v in frame.f_locals.values()):
+            return True
+    return False
 
 
 def _export(

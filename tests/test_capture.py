@@ -114,3 +114,20 @@ def test_one_cause_is_told_once_with_the_line_and_nothing_is_printed() -> None:
     assert "depends on the data" in lines[0] and "line" not in lines[0]
     assert lines[1].split()[0] == "at" and "in forward" in lines[1]
     assert lines[2].split()[0] == "try" and "torch.where" in lines[2]
+
+
+@pytest.mark.parametrize("given", [True, False])
+def test_packed_sequences_are_refused_by_name(given) -> None:
+    class Packs(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.cells = nn.GRU(4, 8, batch_first=True)
+
+        def forward(self, x):
+            lengths = torch.full((x.shape[0],), x.shape[1]) if given else (x[:, :, 0] > -9).sum(1)
+            packed = nn.utils.rnn.pack_padded_sequence(x, lengths, batch_first=True)
+            return nn.utils.rnn.pad_packed_sequence(self.cells(packed)[0], batch_first=True)[0]
+
+    with pytest.raises(cofx.CaptureError, match="it packs sequences") as told:
+        cofx.compile(Packs().eval(), torch.randn(1, 12, 4), time_dim=1)
+    assert "in forward" in str(told.value)
