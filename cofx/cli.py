@@ -16,7 +16,7 @@ import sys
 import time
 import traceback
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
@@ -49,6 +49,11 @@ Checkpoint = Annotated[Path | None, typer.Option(help=".safetensors, or a state 
 Strict = Annotated[bool, typer.Option("--strict/--no-strict", help="refuse missing and unexpected names")]
 Trust = Annotated[bool, typer.Option("--trust-pickle", help="unpickle files, which may run any code in them")]
 Equivalence = Annotated[str | None, typer.Option(help="stream, clip, prefix or first-clip; default the best there is")]
+NonlocalOps = Annotated[
+    str, typer.Option(help='recompute, continual or refuse what looks over clips; or JSON, \'{"*.se": "continual"}\'')
+]
+Context = Annotated[int | None, typer.Option(min=1, help="the most frames that attention reads, if nothing bounds it")]
+ClipLength = Annotated[int | None, typer.Option(min=1, help="frames of a clip; default those of the input")]
 AsJson = Annotated[bool, typer.Option("--json", help="one JSON object on standard output")]
 
 
@@ -59,7 +64,7 @@ class Source:
     model: nn.Module
     example: tuple[torch.Tensor, ...]
     time_dims: tuple[int | None, ...]
-    equivalence: str | None
+    options: Mapping[str, Any]
     as_json: bool
 
     def compile(self) -> StepModule:
@@ -67,7 +72,7 @@ class Source:
         with _busy("compiling", self.as_json), warnings.catch_warnings(record=True) as told:
             warnings.simplefilter("always")
             try:
-                step = compile(self.model, self.example, time_dim=self.time_dims, equivalence=self.equivalence)
+                step = compile(self.model, self.example, time_dim=self.time_dims, **self.options)
             except CaptureError:
                 self._run_offline()
                 raise
@@ -94,7 +99,7 @@ def _source(
     checkpoint: Path | None,
     strict: bool,
     trust_pickle: bool,
-    equivalence: str | None,
+    options: Mapping[str, Any],
     as_json: bool,
 ) -> Source:
     made = checkpoints.load_model(model, checkpoints.parse_kwargs(kwargs), trust_pickle)
@@ -117,7 +122,20 @@ def _source(
             raise InputError(f"--time-dim takes numbers or none, not {word!r}") from error
     if len(dims) == 1:
         dims *= len(example)
-    return Source(made, example, tuple(dims), equivalence, as_json)
+    return Source(made, example, tuple(dims), options, as_json)
+
+
+def _options(
+    equivalence: str | None, nonlocal_ops: str, context: int | None, clip_length: int | None
+) -> dict[str, Any]:
+    """Arguments of `cofx.compile`."""
+    chosen: Any = nonlocal_ops
+    if nonlocal_ops.lstrip().startswith("{"):
+        try:
+            chosen = json.loads(nonlocal_ops)
+        except ValueError as error:
+            raise InputError(f"--nonlocal-ops is no JSON: {error}") from error
+    return {"equivalence": equivalence, "nonlocal_ops": chosen, "context": context, "clip_length": clip_length}
 
 
 def _shape(text: str) -> tuple[tuple[int, ...], torch.dtype]:
@@ -213,12 +231,15 @@ def main(version: Annotated[bool, typer.Option("--version", help="print the vers
 @app.command()
 def inspect(
     model: Model, input: Input, time_dim: TimeDim = "2", kwargs: Kwargs = None, checkpoint: Checkpoint = None,
-    strict: Strict = True, trust_pickle: Trust = False, equivalence: Equivalence = None, as_json: AsJson = False,
+    strict: Strict = True, trust_pickle: Trust = False, equivalence: Equivalence = None,
+    nonlocal_ops: NonlocalOps = "recompute", context: Context = None, clip_length: ClipLength = None,
+    as_json: AsJson = False,
     nodes: Annotated[bool, typer.Option("--nodes", help="the fact of every node, too")] = False,
 ) -> None:  # fmt: skip
     """Tell what becomes of a model: delays, state, what is streamed, what is recomputed or refused and why."""
     with _errors(as_json):
-        source = _source(model, input, time_dim, kwargs, checkpoint, strict, trust_pickle, equivalence, as_json)
+        options = _options(equivalence, nonlocal_ops, context, clip_length)
+        source = _source(model, input, time_dim, kwargs, checkpoint, strict, trust_pickle, options, as_json)
         try:
             step = source.compile()
         except CompileError as error:  # a refusal is what one wants to be told here
@@ -253,14 +274,17 @@ def inspect(
 @app.command()
 def verify(
     model: Model, input: Input, time_dim: TimeDim = "2", kwargs: Kwargs = None, checkpoint: Checkpoint = None,
-    strict: Strict = True, trust_pickle: Trust = False, equivalence: Equivalence = None, as_json: AsJson = False,
+    strict: Strict = True, trust_pickle: Trust = False, equivalence: Equivalence = None,
+    nonlocal_ops: NonlocalOps = "recompute", context: Context = None, clip_length: ClipLength = None,
+    as_json: AsJson = False,
     onnx: Annotated[Path | None, typer.Option(help="compare this file too, made by convert or to_onnx")] = None,
     data: Annotated[list[Path] | None, typer.Option(help="an .npy clip for each input instead of noise")] = None,
     length: Annotated[int | None, typer.Option(min=1, help="frames of noise; default three clips and some")] = None,
 ) -> None:  # fmt: skip
     """Stream a clip and compare every output with the offline model. Exit code 1 if they differ."""
     with _errors(as_json):
-        source = _source(model, input, time_dim, kwargs, checkpoint, strict, trust_pickle, equivalence, as_json)
+        options = _options(equivalence, nonlocal_ops, context, clip_length)
+        source = _source(model, input, time_dim, kwargs, checkpoint, strict, trust_pickle, options, as_json)
         step = source.compile()
         with _busy("streaming", as_json) as tell:
             clips = _given(data) if data else _noise(step, length)
@@ -311,14 +335,17 @@ def _noise(step: StepModule, length: int | None) -> list[torch.Tensor]:
 @app.command()
 def bench(
     model: Model, input: Input, time_dim: TimeDim = "2", kwargs: Kwargs = None, checkpoint: Checkpoint = None,
-    strict: Strict = True, trust_pickle: Trust = False, equivalence: Equivalence = None, as_json: AsJson = False,
+    strict: Strict = True, trust_pickle: Trust = False, equivalence: Equivalence = None,
+    nonlocal_ops: NonlocalOps = "recompute", context: Context = None, clip_length: ClipLength = None,
+    as_json: AsJson = False,
     steps: Annotated[int, typer.Option(min=1, help="steps that are timed")] = 50,
     threads: Annotated[int, typer.Option(min=1, help="threads of torch")] = 1,
 ) -> None:  # fmt: skip
     """Time a step against the offline model on a sliding window of a clip: the median of each."""
     with _errors(as_json):
         torch.set_num_threads(threads)
-        source = _source(model, input, time_dim, kwargs, checkpoint, strict, trust_pickle, equivalence, as_json)
+        options = _options(equivalence, nonlocal_ops, context, clip_length)
+        source = _source(model, input, time_dim, kwargs, checkpoint, strict, trust_pickle, options, as_json)
         step = source.compile()
         clips = _noise(step, step.compiled.plan.facts.streams.ticks[0])
         spec = step.compiled.spec
@@ -357,21 +384,29 @@ def _median(run: Callable[[], Any], times: int, quiet: bool, what: str) -> float
 def convert(
     model: Model, input: Input, output: Annotated[Path, typer.Option("--output", "-o", help="folder to write to")],
     time_dim: TimeDim = "2", kwargs: Kwargs = None, checkpoint: Checkpoint = None, strict: Strict = True,
-    trust_pickle: Trust = False, equivalence: Equivalence = None, as_json: AsJson = False,
+    trust_pickle: Trust = False, equivalence: Equivalence = None,
+    nonlocal_ops: NonlocalOps = "recompute", context: Context = None, clip_length: ClipLength = None,
+    as_json: AsJson = False,
     frames_per_step: Annotated[int | None, typer.Option(help="frames per call; default the model's period")] = None,
     longest: Annotated[
         int | None, typer.Option(min=1, help="frames of the longest stream, if all of it is kept; default 4 clips")
     ] = None,
     quantize: Annotated[str | None, typer.Option(help="int8: weights in 8 bits, for one stream")] = None,
+    controls: Annotated[bool, typer.Option(help="start, ready and length of each lane in step.onnx")] = True,
+    dynamic_batch: Annotated[bool, typer.Option(help="step.onnx takes any number of lanes; else one")] = True,
+    opset: Annotated[int | None, typer.Option(min=18, help="version of ONNX's operators; default 18")] = None,
 ) -> None:  # fmt: skip
     """Write step.onnx, step.pt2, step.json and a README, and verify them. Nothing is left behind if that fails."""
     with _errors(as_json):
+        from .convert import Form
         from .convert import convert as write
 
-        source = _source(model, input, time_dim, kwargs, checkpoint, strict, trust_pickle, equivalence, as_json)
+        options = _options(equivalence, nonlocal_ops, context, clip_length)
+        source = _source(model, input, time_dim, kwargs, checkpoint, strict, trust_pickle, options, as_json)
         step = source.compile()
         with _busy("converting", as_json) as tell:
-            result = write(step, output, _noise(step, None), frames_per_step, longest, quantize, tell)
+            form = Form(frames_per_step, longest, quantize, controls, dynamic_batch, opset)
+            result = write(step, output, _noise(step, None), form, tell)
         if as_json:
             print(json.dumps(result))
         else:
@@ -412,7 +447,3 @@ def entry() -> None:
     """What the command ``cofx`` runs. A SIGTERM ends it as a ^C does: what was begun is cleared away."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     sys.exit(app())
-
-
-if __name__ == "__main__":
-    entry()

@@ -10,6 +10,7 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,16 +30,14 @@ README = """# A step model
 
 Takes {inputs}: {ticks} frame(s) per call; gives {outputs}, and `<name>_valid`: which of its frames exist.
 State is in the open: `state_out_*` of a call is `state_in_*` of the next one; all zeros is a stream that has not begun.
-Per lane (batch, 1): `start` (bool) begins anew, `ready` (bool) false holds it, `length` (int64, else -1) tells its end,
-after which {flush} more call(s) give what is still due. step.json has every shape, dtype and delay.
+{controls} step.json has every shape, dtype and delay.
 
 Python (`OnnxStep` does all of this; pip install cofx onnxruntime):
 ```python
 from cofx.runtime import OnnxStep
 step = OnnxStep("step.onnx")
 y = step.forward_steps({arguments})  # any multiple of {ticks} frames; None as long as nothing is due
-rest = step.flush()
-```
+{rest}```
 C++ (ONNX Runtime), names as in step.json:
 ```cpp
 auto out = session.Run({{}}, in_names, inputs.data(), inputs.size(), out_names, n_out);
@@ -46,22 +45,41 @@ for (size_t k = 0; k < {states}; ++k) inputs[{first} + k] = std::move(out[n_out 
 ```
 JavaScript (onnxruntime-web), `meta` being step.json and `state` zeros by name:
 ```js
-const out = await session.run({{{arguments}, start, ready, length, ...state}});
+const out = await session.run({{{given}, ...state}});
 for (const s of meta.states) state[s.name] = out[s.out];
 ```
 `step.pt2`, for `torch.export.load`, is the same: (frames, start, ready, length, states) -> (outputs, valid, states).
 """
+LANES = """Per lane (batch, 1): `start` (bool) begins anew, `ready` (bool) false holds it, `length` (int64, else -1) is
+its end, after which {flush} more call(s) give what is still due."""
+BARE = "All lanes begin with states of zeros, and none ends."
 
 
 def readme(meta: Mapping[str, Any]) -> str:
     """How to drive the files, from what step.onnx says of itself."""
     names = [i["name"] for i in meta["inputs"]]
+    controls = bool(meta["controls"])
     return README.format(
+        controls=LANES.format(flush=meta["flush_calls"]) if controls else BARE,
+        rest="rest = step.flush()\n" if controls else "",
+        given=", ".join([*names, *(("start", "ready", "length") if controls else ())]),
         inputs=", ".join(f"`{i['name']}` {i['dtype']} ({', '.join(map(str, i['shape']))})" for i in meta["inputs"]),
         outputs=", ".join(f"`{o['name']}` ({o['equivalence']}, delay {o['delay']})" for o in meta["outputs"]),
-        ticks=meta["frames_per_step"], flush=meta["flush_calls"], arguments=", ".join(names),
+        ticks=meta["frames_per_step"], arguments=", ".join(names),
         states=len(meta["states"]), first=len(names),
     )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Form:
+    """What the files are like: arguments of `StepModule.to_onnx`. All but `step.onnx` have controls in any case."""
+
+    frames_per_step: int | None = None
+    longest: int | None = None
+    quantize: str | None = None
+    controls: bool = True
+    dynamic_batch: bool = True
+    opset: int | None = None
 
 
 class ConversionError(CofxError):
@@ -72,9 +90,7 @@ def convert(
     step: StepModule,
     output: Path,
     clips: Sequence[torch.Tensor],
-    frames_per_step: int | None = None,
-    longest: int | None = None,
-    quantize: str | None = None,
+    form: Form = Form(),
     tell: Callable[[str], None] = lambda what: None,
 ) -> dict[str, Any]:
     """Write the folder. It is made beside its place, verified there, and moved in at the end.
@@ -83,7 +99,7 @@ def convert(
         step: what is converted.
         output: the folder.
         clips: to stream through the files, a batch of one.
-        frames_per_step, longest, quantize: see `StepModule.to_onnx`.
+        form: of the files.
         tell: called with what is being done.
 
     Raises:
@@ -97,9 +113,9 @@ def convert(
     try:
         tell("writing step.onnx")
         with contextlib.redirect_stdout(sys.stderr):
-            step.to_onnx(made / "step.onnx", frames_per_step=frames_per_step, longest=longest, quantize=quantize)
+            step.to_onnx(made / "step.onnx", **vars(form))
         tell("writing step.pt2")
-        _write_program(step, made / "step.pt2", frames_per_step, longest)
+        _write_program(step, made / "step.pt2", form.frames_per_step, form.longest)
         runner = OnnxStep(made / "step.onnx")
         (made / "README.md").write_text(readme(runner.meta))
         (made / "step.json").write_text(json.dumps(runner.meta, indent=1) + "\n")
@@ -109,7 +125,7 @@ def convert(
         onnx = compare_onnx(step, made / "step.onnx", clips)
         tell("verifying step.pt2")
         program = _compare_program(step, made / "step.pt2", runner.meta, clips)
-        if not found.exact or not (onnx["exact"] or quantize) or not program["exact"]:
+        if not found.exact or not (onnx["exact"] or form.quantize) or not program["exact"]:
             raise ConversionError(
                 f"the files do not give the model's numbers: the step differs by {found.difference:.3g}, step.onnx "
                 f"from the step by {onnx['difference']:.3g}, step.pt2 by {program['difference']:.3g}"
@@ -152,13 +168,14 @@ def compare_onnx(step: StepModule, path: Path, clips: Sequence[torch.Tensor]) ->
         InputError: the file cannot be read, or is of another model.
     """
     runner = OnnxStep(path)
+    ends = bool(runner.meta["controls"])
     ours, theirs = step._programs().fingerprint, runner.meta["fingerprint"]
     arrays = [x.numpy() for x in _whole(step, clips, runner.frames_per_step)]
     try:
-        got = runner.forward_steps(*arrays, pad_end=True)
+        got = runner.forward_steps(*arrays, pad_end=ends)
     except CofxError as error:
         raise InputError(f"{path} is of another model: {error}") from error
-    return {**_difference(step, clips, runner.frames_per_step, got), "same_model": ours == theirs}
+    return {**_difference(step, clips, runner.frames_per_step, got, ends), "same_model": ours == theirs}
 
 
 def _compare_program(step: StepModule, path: Path, meta: Mapping[str, Any], clips: Sequence[torch.Tensor]) -> Any:
@@ -193,10 +210,12 @@ def _whole(step: StepModule, clips: Sequence[torch.Tensor], size: int) -> list[t
     return spec.part(clips, 0, ticks)
 
 
-def _difference(step: StepModule, clips: Sequence[torch.Tensor], size: int, got: Any) -> dict[str, Any]:
-    """What the step model gives for a whole stream, against arrays."""
+def _difference(
+    step: StepModule, clips: Sequence[torch.Tensor], size: int, got: Any, ends: bool = True
+) -> dict[str, Any]:
+    """What the step model gives for a whole stream, or one that does not end, against arrays."""
     step.clean_state()
-    expected = step.forward_steps(*_whole(step, clips, size), pad_end=True)
+    expected = step.forward_steps(*_whole(step, clips, size), pad_end=ends)
     step.clean_state()
     wanted = [x if x is None else x.cpu().double().numpy() for x in _leaves(expected)]
     pairs = list(zip(wanted, _leaves(got), strict=False))

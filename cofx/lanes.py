@@ -227,7 +227,7 @@ class Lanes:
             timing = plan.about(leaf.value)
             numbers = ("delay", "receptive_field", "stride", "padding")
             known = {n: _plain(getattr(timing, n)) if timing else 0 for n in numbers}
-            outputs.append({**known, "equivalence": leaf.equivalence})
+            outputs.append({**known, "equivalence": self.compiled.equivalence(leaf)})
         return {"version": __version__, "fingerprint": self.fingerprint, **outputs[0], "outputs": outputs,
                 "ends": self.compiled.known_ends()}  # fmt: skip
 

@@ -807,8 +807,7 @@ class StepModule(nn.Module):
     @property
     def outputs(self) -> list[OutputInfo]:
         """Delay, receptive field, stride, padding and equivalence of every output leaf."""
-        changed = bool(self._reference)
-        return [_info(self.compiled.plan, leaf, changed) for leaf in self.compiled.plan.outputs]
+        return [_info(self.compiled, leaf) for leaf in self.compiled.plan.outputs]
 
     @property
     def delay(self) -> int | Fraction:
@@ -857,10 +856,8 @@ class StepModule(nn.Module):
 tell_ptflops(StepModule)
 
 
-def _info(plan: Plan, leaf: Leaf, changed: bool) -> OutputInfo:
-    about = plan.about(leaf.value)
+def _info(compiled: Compiled, leaf: Leaf) -> OutputInfo:
+    about = compiled.plan.about(leaf.value)
     if about is None:
         return OutputInfo(0, 0, 1, 0, "stream")
-    approximate = changed or any(op.approximate for op in plan.schedule.graph.ops)
-    equivalence = "approximate" if approximate else leaf.equivalence
-    return OutputInfo(about.delay, about.receptive_field, about.stride, about.padding, equivalence)
+    return OutputInfo(about.delay, about.receptive_field, about.stride, about.padding, compiled.equivalence(leaf))

@@ -353,7 +353,8 @@ def _from_export(
     constants: dict[str, torch.Tensor] = {}
     specs = {s.arg.name: s for s in program.graph_signature.input_specs if hasattr(s.arg, "name")}
     state = named_tensors(model)
-    placeholders = []
+    placeholders: list[fx.Node] = []
+    names: Sequence[str] = getattr(model, "input_names", ())  # of a module whose forward does not tell them
     for node in inline_regions(program.graph).nodes:
         if node.op == "placeholder" and specs[node.name].kind is not InputKind.USER_INPUT:
             target = specs[node.name].target
@@ -366,6 +367,9 @@ def _from_export(
         else:
             new = graph.node_copy(node, env.__getitem__)
             if node.op == "placeholder":
+                if names:
+                    new._rename(names[len(placeholders)])
+                    new.target = new.name
                 placeholders.append(node)
         env[node] = new
     outputs = program.graph_signature.output_specs
@@ -389,7 +393,7 @@ def _from_export(
     return Capture(
         graph=graph,
         constants=constants,
-        inputs=[n.name for n in placeholders],
+        inputs=[env[n].name for n in placeholders],
         out_spec=program.call_spec.out_spec,
         points=points,
         sample=Sampler(symbols),

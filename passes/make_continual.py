@@ -43,11 +43,20 @@ class Replaced:
 
 
 class Reference(nn.Module):
-    """The offline model that a step model with ``nonlocal_ops="continual"`` equals. Parameters are the model's own."""
+    """The offline model that a step model with ``nonlocal_ops="continual"`` equals. Parameters are the model's own.
 
-    def __init__(self, graph: fx.GraphModule, out_spec: pytree.TreeSpec, replaced: Sequence[Replaced]) -> None:
+    Attributes:
+        traced: what it computes.
+        replaced: the ops that look on the frames so far.
+        input_names: those of the model's own `forward`.
+    """
+
+    def __init__(
+        self, graph: fx.GraphModule, inputs: Sequence[str], out_spec: pytree.TreeSpec, replaced: Sequence[Replaced]
+    ) -> None:
         super().__init__()
         self.traced, self.replaced = graph, list(replaced)
+        self.input_names = list(inputs)
         self._out_spec = out_spec
 
     def forward(self, *inputs: torch.Tensor) -> Any:
@@ -93,7 +102,7 @@ def make_continual(
     used = {str(n.target) for n in built.nodes if n.op == "get_attr"}
     module = fx.GraphModule({name: t for name, t in given.items() if name in used}, built, class_name="Continual")
     replaced = [Replaced(str(n.target), module_path(n), user_frame(n)) for n in wanted]
-    return Reference(module, captured.out_spec, replaced)
+    return Reference(module, captured.inputs, captured.out_spec, replaced)
 
 
 class _Trail:

@@ -33,6 +33,11 @@ MODELS = """
         def forward(self, x):
             return self.first(x).mean(2)
 
+    class Squeezed(Net):
+        def forward(self, x):
+            y = self.first(x).relu()
+            return self.second(y * y.mean(2, keepdim=True).sigmoid())
+
     class Several(Net):
         def forward(self, x):
             return {"file": super().forward(x), "same": x}
@@ -230,6 +235,27 @@ def test_convert_to_int8(folder: Path) -> None:
     assert json.loads((folder / "out/step.json").read_text())["quantized"]["kind"] == "int8"
     cofx("convert", "cli_models:Net", *SHAPE, "-o", "other", "--quantize", "int3", code=2)
     assert not (folder / "other").exists()
+
+
+def test_what_looks_over_the_whole_clip_can_look_back(folder: Path) -> None:
+    squeezed = ("cli_models:Squeezed", *SHAPE)
+    assert "refused" in as_json("inspect", *squeezed, "--nonlocal-ops", "refuse")
+    as_json("convert", *squeezed, "--nonlocal-ops", "continual", "--clip-length", "9", "-o", "out")
+    meta = json.loads((folder / "out/step.json").read_text())
+    assert meta["outputs"][0]["equivalence"] == "approximate" and meta["inputs"][0]["name"] == "x"
+    assert as_json("inspect", *squeezed)["recomputed"]
+    assert not as_json("inspect", *squeezed, "--nonlocal-ops", '{"aten.mean.dim": "continual"}')["recomputed"]
+    for wrong in ("{mean", "forget"):
+        as_json("inspect", *squeezed, "--nonlocal-ops", wrong, code=2)
+
+
+def test_the_barest_graph(folder: Path) -> None:
+    more = ("--no-controls", "--no-dynamic-batch", "--opset", "20")
+    assert as_json("convert", "cli_models:Net", *SHAPE, "-o", "out", *more)["onnx"]["exact"]
+    meta = json.loads((folder / "out/step.json").read_text())
+    assert not meta["controls"]
+    text = (folder / "out/README.md").read_text()
+    assert "none ends" in text and "run({x, ...state})" in text and "flush" not in text
 
 
 @pytest.mark.parametrize(
@@ -454,5 +480,5 @@ def test_an_exported_program_is_a_model(folder: Path) -> None:
 
 
 def test_as_a_program() -> None:
-    done = subprocess.run([sys.executable, "-m", "cofx.cli", "--help"], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-m", "cofx", "--help"], capture_output=True, text=True)
     assert done.returncode == 0 and all(c in done.stdout for c in ("inspect", "verify", "run", "bench", "convert"))

@@ -1,0 +1,5 @@
+"""``python -m cofx``: the command line."""
+
+from .cli import entry
+
+entry()
