@@ -83,7 +83,7 @@ class Batch:
                 if len(self.case.streams) == len(self.case.kinds):
                     self.case.model(*clips)
                 break
-            except (cofx.InputError, RuntimeError):  # the model does not take this length
+            except (cofx.InputError, RuntimeError, IndexError):  # the model does not take this length
                 if steps == sample.length:
                     raise
         leaves = [None] * len(self.case.kinds) if out is None else pytree.tree_leaves(out, is_leaf=lambda x: x is None)
