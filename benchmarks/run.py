@@ -237,11 +237,12 @@ def table(rows: list[dict[str, Any]]) -> str:
         found = [r for r in rows if r.get("batch", 1) == batch and "over continual" in r]
         if found:
             ratio = statistics.geometric_mean(map(best, found))
-            lines += ["", f"Best backend over continual-inference, batch {batch}, geometric mean of {len(found)} rows: "
-                          f"{ratio:.1f}x."]  # fmt: skip
+            cold = ""
             if all("first us" in r["continual"] for r in found):
-                cold = statistics.geometric_mean(best(r, "first us") for r in found)
-                lines[-1] = f"{lines[-1][:-1]}; {cold:.1f}x where other work has just emptied the caches."
+                first = statistics.geometric_mean(best(r, "first us") for r in found)
+                cold = f"; {first:.1f}x where other work has just emptied the caches"
+            lines += ["", f"Best backend over continual-inference, batch {batch}, geometric mean of {len(found)} rows: "
+                          f"{ratio:.1f}x{cold}."]  # fmt: skip
     kept = [r["state_bytes"] / r["continual_state_bytes"] for r in rows if r.get("continual_state_bytes")]
     if kept:
         lines += ["", f"State over continual-inference's, geometric mean: {statistics.geometric_mean(kept):.2f}."]

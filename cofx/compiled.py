@@ -19,9 +19,7 @@ from .passes.capture import Point, untraced
 from .passes.changes import version
 from .passes.codegen.graph_module import FOREVER, Key, generate, state_specs
 from .passes.errors import CompileError, user_frame
-from .passes.make_continual import Reference
 from .passes.pipeline import Leaf, Plan, tensors
-from .passes.saved_plan import SavedModel
 from .runtime.errors import InputError
 from .runtime.onnx_meta import may_end
 from .runtime.program import OutputSpan, Program, StateSpec
@@ -180,12 +178,6 @@ class Compiled:
                 more = schedule.count(leaf.value, key.phase) - schedule.count(leaf.value, phase)
             spans.append(replace(span, start=span.start + more))
         return replace(program, outputs=spans)
-
-    def equivalence(self, leaf: Leaf) -> str:
-        """What holds for an output: what is planned, if the user allowed nothing else."""
-        changed = isinstance(self.model, (Reference, SavedModel)) and bool(self.model.replaced)
-        bounded = any(op.approximate for op in self.plan.schedule.graph.ops)
-        return "approximate" if (changed or bounded) and self.plan.about(leaf.value) else leaf.equivalence
 
     def folded(self) -> bool:
         """Whether what depends on parameters alone may be a constant: nobody asks for their gradients."""

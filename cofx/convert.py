@@ -90,7 +90,7 @@ def convert(
     step: StepModule,
     output: Path,
     clips: Sequence[torch.Tensor],
-    form: Form = Form(),
+    form: Form,
     tell: Callable[[str], None] = lambda what: None,
 ) -> dict[str, Any]:
     """Write the folder. It is made beside its place, verified there, and moved in at the end.

@@ -227,7 +227,7 @@ class Lanes:
             timing = plan.about(leaf.value)
             numbers = ("delay", "receptive_field", "stride", "padding")
             known = {n: _plain(getattr(timing, n)) if timing else 0 for n in numbers}
-            outputs.append({**known, "equivalence": self.compiled.equivalence(leaf)})
+            outputs.append({**known, "equivalence": self.plan.equivalence(leaf)})
         return {"version": __version__, "fingerprint": self.fingerprint, **outputs[0], "outputs": outputs,
                 "ends": self.compiled.known_ends()}  # fmt: skip
 

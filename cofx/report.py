@@ -76,8 +76,7 @@ def report(compiled: Compiled) -> Report:
         n for n, f in plan.facts.of.items() if isinstance(f, InClip) and n in repeated and _first(n, plan.facts.of)
     ]
     bounded = [op for op in plan.schedule.graph.ops if op.approximate and op.node is not None]
-    approximated = [str(r) for r in getattr(compiled.model, "replaced", [])]
-    approximated += [f"attention reads a bounded context: {user_frame(op.node)}" for op in bounded if op.node]
+    approximated = [f"attention reads a bounded context: {user_frame(op.node)}" for op in bounded if op.node]
     branch = (f"what is computed depends on the clip's length: {plan.branch}",) if plan.branch else ()
     return Report(
         macs_per_step=step / period,
@@ -86,7 +85,7 @@ def report(compiled: Compiled) -> Report:
         streamed=1.0 if total == 0 else 1 - sum(nodes.get(n, 0) for n in repeated) / total,
         state_bytes=sum(prod(s.shape(batch)) * s.dtype.itemsize for s in compiled.specs_after(max(state.count, ticks))),
         recomputed=tuple(f"{plan.facts.of[n].reason}: {user_frame(n)}" for n in ended) + branch,
-        approximated=tuple(approximated),
+        approximated=(*plan.replaced, *approximated),
     )
 
 

@@ -30,8 +30,7 @@ def save_step(step: StepModule, path: str | os.PathLike[str]) -> None:
         record, extra = reference.record, reference.extra
     else:
         options = {"equivalence": step._equivalence, "newest": step._newest, "context": step._context}
-        replaced = [str(r) for r in getattr(reference, "replaced", [])]
-        record, extra = encode_plan(compiled.plan, options, compiled.known_ends(), replaced)
+        record, extra = encode_plan(compiled.plan, options, compiled.known_ends())
     named = named_tensors(reference)
     first: dict[int, str] = {}
     same = {name: first.setdefault(id(t), name) for name, t in named.items()}

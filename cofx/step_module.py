@@ -10,7 +10,7 @@ import os
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ from .passes.codegen.graph_module import Key
 from .passes.errors import CaptureError
 from .passes.make_continual import make_continual
 from .passes.pipeline import Leaf, Plan, compile_plan
+from .passes.reference import Reference
 from .passes.saved_plan import SavedModel
 from .report import Report, report, tell_ptflops
 from .runtime.alone import alone, in_use
@@ -252,7 +253,9 @@ class StepModule(nn.Module):
         self, example: Sequence[torch.Tensor], clock: Clock, ticks: int, batch: int, equivalence: str | None
     ) -> Plan:
         model = self.reference_module
-        return compile_plan(model, example, clock, ticks, batch, equivalence, self._newest, self._context, self._choose)
+        plan = compile_plan(model, example, clock, ticks, batch, equivalence, self._newest, self._context, self._choose)
+        replaced = map(str, model.replaced) if self._reference and isinstance(model, Reference) else ()
+        return replace(plan, replaced=tuple(replaced))
 
     def _choose(self, module: str, op: str) -> str:
         """What becomes of a clip-wide op of a module."""
@@ -807,7 +810,7 @@ class StepModule(nn.Module):
     @property
     def outputs(self) -> list[OutputInfo]:
         """Delay, receptive field, stride, padding and equivalence of every output leaf."""
-        return [_info(self.compiled, leaf) for leaf in self.compiled.plan.outputs]
+        return [_info(self.compiled.plan, leaf) for leaf in self.compiled.plan.outputs]
 
     @property
     def delay(self) -> int | Fraction:
@@ -856,8 +859,8 @@ class StepModule(nn.Module):
 tell_ptflops(StepModule)
 
 
-def _info(compiled: Compiled, leaf: Leaf) -> OutputInfo:
-    about = compiled.plan.about(leaf.value)
+def _info(plan: Plan, leaf: Leaf) -> OutputInfo:
+    about = plan.about(leaf.value)
     if about is None:
         return OutputInfo(0, 0, 1, 0, "stream")
-    return OutputInfo(about.delay, about.receptive_field, about.stride, about.padding, compiled.equivalence(leaf))
+    return OutputInfo(about.delay, about.receptive_field, about.stride, about.padding, plan.equivalence(leaf))

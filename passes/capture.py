@@ -38,6 +38,7 @@ from .errors import CaptureError, raised_at
 from .inline_regions import inline_regions
 from .known_values import KnownValues
 from .record_calls import record_calls
+from .reference import Reference
 from .registry import entry, find_rule
 from .symbolic_recurrence import symbolic_recurrence
 
@@ -354,7 +355,7 @@ def _from_export(
     specs = {s.arg.name: s for s in program.graph_signature.input_specs if hasattr(s.arg, "name")}
     state = named_tensors(model)
     placeholders: list[fx.Node] = []
-    names: Sequence[str] = getattr(model, "input_names", ())  # of a module whose forward does not tell them
+    names = model.input_names if isinstance(model, Reference) else []
     for node in inline_regions(program.graph).nodes:
         if node.op == "placeholder" and specs[node.name].kind is not InputKind.USER_INPUT:
             target = specs[node.name].target
@@ -364,13 +365,12 @@ def _from_export(
                 constants[target] = program.constants[target]
             new = graph.get_attr(target)
             new.meta = dict(node.meta)
+        elif node.op == "placeholder":
+            new = graph.placeholder(names[len(placeholders)] if names else str(node.target))
+            new.meta = dict(node.meta)
+            placeholders.append(node)
         else:
             new = graph.node_copy(node, env.__getitem__)
-            if node.op == "placeholder":
-                if names:
-                    new._rename(names[len(placeholders)])
-                    new.target = new.name
-                placeholders.append(node)
         env[node] = new
     outputs = program.graph_signature.output_specs
     if any(o.kind.name != "USER_OUTPUT" for o in outputs):

@@ -131,7 +131,13 @@ class Plan:
         tuple[int, str | None] | None
     )  # the last tick up to which the model does as it was traced, and where it ceases to
     branch: str | None  # a line that does otherwise at other lengths, for which whole clips are recomputed
+    replaced: tuple[str, ...] = ()  # what the module that is compiled does otherwise than the user's
     timings: dict[Value, Timing] = field(default_factory=dict)
+
+    def equivalence(self, leaf: Leaf) -> str:
+        """What holds for an output: less than was planned if the user allowed it."""
+        less = self.replaced or any(op.approximate for op in self.schedule.graph.ops)
+        return "approximate" if less and leaf.value is not None else leaf.equivalence
 
     def about(self, value: Value | None) -> Timing | None:
         """The timing of a value."""

@@ -7,9 +7,10 @@ among torch's own, and numbers.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import operator
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from fractions import Fraction
 from typing import Any
 
@@ -50,7 +51,7 @@ class SavedModel(nn.Module):
             record, extra: the plan, see `encode_plan`.
         """
         super().__init__()
-        self.record, self.extra, self.replaced = record, dict(extra), list(record["replaced"])
+        self.record, self.extra = record, dict(extra)
         made: dict[int, nn.Parameter] = {}  # one for all names of a tensor
         for name, tensor in tensors.items():
             *path, last = name.split(".")
@@ -80,16 +81,13 @@ class SavedModel(nn.Module):
 # -- writing -----------------------------------------------------------------------------------------------------------
 
 
-def encode_plan(
-    plan: Plan, options: Mapping[str, Any], ends: Mapping[str, Any], replaced: Sequence[str] = ()
-) -> tuple[Any, dict[str, torch.Tensor]]:
+def encode_plan(plan: Plan, options: Mapping[str, Any], ends: Mapping[str, Any]) -> tuple[Any, dict[str, torch.Tensor]]:
     """A plan as JSON, and the tensors that it names beside the module's own.
 
     Args:
         plan: to be written.
         options: of `pipeline.plan_of`: equivalence, newest, context.
         ends: lengths at which a stream may end, see `runtime.onnx_meta.may_end`.
-        replaced: what the reference module does otherwise than the user's, see make_continual.py.
 
     Raises:
         SavedPlanError: it holds something that has no form in a file.
@@ -110,7 +108,7 @@ def encode_plan(
         "branch": plan.branch,
         "ends": dict(ends),
         "options": dict(options),
-        "replaced": list(replaced),
+        "replaced": list(plan.replaced),
     }
     extra = {f"constant:{k}": v for k, v in captured.constants.items()}
     return record, extra | {f"read:{k}": v for k, v in captured.read.items()}
@@ -229,9 +227,10 @@ def decode_plan(model: SavedModel) -> Plan:
         )
         clock = Clock(*(tuple(part) for part in record["clock"]))
         limit = None if record["limit"] is None else (int(record["limit"][0]), record["limit"][1])
-        return plan_of(
+        plan = plan_of(
             model, graph, captured, clock, limit=limit, branch=record["branch"], ends=ends, **record["options"]
         )
+        return dataclasses.replace(plan, replaced=tuple(map(str, record["replaced"])))
     except (LookupError, TypeError, ValueError, AttributeError, RuntimeError, AssertionError) as error:
         if isinstance(error, CompileError):
             raise

@@ -330,3 +330,26 @@ def test_pools_do_not_drift(steps):
         for j in range(20):
             wanted = model(last[:, :, j + 13 : j + 21])
             torch.testing.assert_close(got[:, :, j], wanted, rtol=1e-6, atol=1e-4)
+
+
+class Squeezed(nn.Module):
+    """Attributes of a user's own, of the names that the reference module has."""
+
+    input_names, replaced = ["first", "second"], ["nothing"]
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv1d(3, 3, 3)
+
+    def forward(self, clip):
+        return self.conv(clip * clip.mean(2, keepdim=True).sigmoid())
+
+
+def test_what_was_replaced_is_told_of_the_model_and_of_no_other():
+    clip = torch.randn(1, 3, 20)
+    step = cofx.compile(Squeezed().eval(), clip, nonlocal_ops="continual")
+    reference = cofx.compile(step.reference_module, clip)
+    plain = cofx.compile(Squeezed().eval(), clip, equivalence="clip")
+    assert [s.equivalence for s in (step, reference, plain)] == ["approximate", "stream", "clip"]
+    assert [len(s.report().approximated) for s in (step, reference, plain)] == [1, 0, 0]
+    assert [s.compiled.plan.capture.inputs for s in (step, reference, plain)] == [["clip"]] * 3

@@ -185,14 +185,15 @@ class Apart:
         return None
 
     def _cat(self, node: fx.Node) -> Frames | None:
-        parts, axis = node.args[0], node.args[1] if len(node.args) > 1 else 0
-        if not any(isinstance(self.env[p], Frames) and self.env[p].axis == axis for p in parts):  # type: ignore[union-attr,index]
+        parts: Any = node.args[0]
+        axis: Any = node.args[1] if len(node.args) > 1 else 0
+        if not any(isinstance(self.env[p], Frames) and self.env[p].axis == axis for p in parts):
             return None
-        if any(p not in self.sizes for p in parts) or self.sizes[node][axis] > MOST + 1:  # type: ignore[union-attr,index]
+        if any(p not in self.sizes for p in parts) or self.sizes[node][axis] > MOST + 1:
             return None
-        if any(not isinstance(self.env[p], Frames) and self.sizes[p][axis] > 1 for p in parts):  # type: ignore[union-attr,index]
-            return None  # frames that are kept side by side
-        return Frames(axis, tuple(n for p in parts for n in self.apart(p, axis).nodes))  # type: ignore[arg-type,union-attr]
+        if any(not isinstance(self.env[p], Frames) and self.sizes[p][axis] > 1 for p in parts):
+            return None  # frames that are kept side by side stay so: taken apart, they would be put together again
+        return Frames(axis, tuple(n for p in parts for n in self.apart(p, axis).nodes))
 
     def _slice(self, node: fx.Node, bound: dict[str, Any]) -> Frames | None:
         source, limits = self.env[bound["self"]], (bound["start"], bound["end"], bound["step"])
@@ -216,8 +217,9 @@ class Apart:
             return None
         frames = self.apart(bound["input"], 2).nodes[:: dilation[0]]
         alone = {*self.sizes[weight][3:], *stride[1:]} == {1} and not any(padding)  # each position by itself
-        kept = self.blocks and len(size) == 5 and prod(size[3:]) > 1
-        if alone and bound["groups"] == 1 and prod(size[3:]) <= FEW and not kept:
+        positions = prod(size[3:])
+        pictures = self.blocks and node.target is aten.conv3d.default and positions > 1  # they lie in blocks
+        if alone and bound["groups"] == 1 and positions <= FEW and not pictures:
             return Frames(2, (self._rows(frames, weight, bound["bias"], size),))
         total = None
         for i, frame in enumerate(frames):

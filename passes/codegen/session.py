@@ -154,7 +154,7 @@ def _sessions(
 
 
 def _open(model: Any, optimize: bool = True) -> tuple[ort.InferenceSession, ir.Model | None]:
-    """A session of an ONNX model, and what ONNX Runtime makes of it if it is optimized and not too large."""
+    """A session of an ONNX model, and what ONNX Runtime makes of one with convolutions that is not too large."""
     import onnx
     import onnx_ir as ir
 
@@ -167,9 +167,10 @@ def _open(model: Any, optimize: bool = True) -> tuple[ort.InferenceSession, ir.M
                 file = os.path.join(scratch, "step.onnx")
                 onnx.save(model, file, save_as_external_data=True)
                 return open_session(file, threads, optimize=optimize), None
-            file = os.path.join(scratch, "optimized.onnx") if optimize else ""
+            convolves = optimize and any(node.op_type == "Conv" for node in model.graph.node)
+            file = os.path.join(scratch, "optimized.onnx") if convolves else ""
             session = open_session(model.SerializeToString(), threads, optimize=optimize, optimized=file)
-            return session, ir.load(file) if optimize else None
+            return session, ir.load(file) if convolves else None
     except Exception as error:  # no kernel for an op in a type, say
         raise InputError(
             f"ONNX Runtime cannot run the step program: {error}\n    try     backend='eager', or 'auto', which takes "
