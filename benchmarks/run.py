@@ -266,7 +266,7 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
     axes.set_yscale("log")
     axes.axhline(1, color="black", linewidth=0.8)
     axes.set_ylabel("times faster than continual-inference")
-    axes.legend(fontsize=8, ncols=4)
+    axes.legend(fontsize=8, ncols=3, loc="upper left")
     figure.tight_layout()
     figure.savefig(path, metadata={"Date": None})
 
