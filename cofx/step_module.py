@@ -23,7 +23,7 @@ from .compiled import Compiled
 from .inputs import make_clock
 from .lanes import POSITION, Lanes, lanes_of
 from .passes.capture import Clock, untraced
-from .passes.codegen.graph_module import Key
+from .passes.codegen.key import Key
 from .passes.errors import CaptureError
 from .passes.make_continual import make_continual
 from .passes.pipeline import Leaf, Plan, compile_plan
