@@ -318,6 +318,9 @@ def needs_functionalization(graph: fx.Graph) -> bool:
         if node.target is operator.getitem:
             viewed[node] = node.args[0]
         elif isinstance(node.target, torch._ops.OpOverload):
+            if node.target is torch.ops.aten.detach_.default:  # (of `torch.tensor`) writes no number
+                viewed[node] = node.args[0]
+                continue
             for arg, schema in zip(node.args, node.target._schema.arguments, strict=False):
                 if schema.alias_info is not None and isinstance(arg, fx.Node):
                     (written if schema.alias_info.is_write else viewed)[node] = arg
