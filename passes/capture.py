@@ -161,7 +161,9 @@ def capture(
         ways = [(_export_open, max(2, batch)), (_export_open_time, batch), (_export_open_batch, max(2, batch)),
                 (_export_fixed, batch), (_export_recorded, max(2, batch))]  # fmt: skip
         if like is not None:
-            ways = [w for w in ways if w[0].__name__ == like.way]
+            # where the trace fixed the length it need not be left open again, which costs most
+            way = _export_open_batch.__name__ if like.way == _export_open.__name__ and not like.symbolic_time else like.way
+            ways = [w for w in ways if w[0].__name__ == way]
         if like is not None and closed:
             ways, batch = [(_export_fixed, like.points[0].batch)], like.points[0].batch
         for way, lanes in dict.fromkeys(ways):

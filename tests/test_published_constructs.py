@@ -503,3 +503,37 @@ def test_what_follows_a_clips_mean_is_traced_once(monkeypatch: pytest.MonkeyPatc
     step = cofx.compile(model, x, nonlocal_ops="continual")
     assert step.verify(torch.randn(2, 4, 30)).exact
     torch.testing.assert_close(step.reference_module(x)[..., -1], model(x)[..., -1])
+
+
+class FramesAsTheyAre(nn.Module):
+    """A loop over frames that does nothing to them before they are stacked again (PyxLSTM with one layer)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(batch, time, 4)"""
+        return torch.stack([x[:, t] for t in range(x.shape[1])], 1).tanh()
+
+
+def test_a_loop_that_collects_frames_as_they_are_streams() -> None:
+    step = cofx.compile(FramesAsTheyAre(), torch.randn(2, 6, 4), time_dim=1)
+    assert step.equivalence == "stream"
+    assert step.verify(torch.randn(2, 19, 4)).exact
+
+
+class ProjectedFrames(nn.Module):
+    """Keys projected from all frames onto a few by an einsum with a parameter as long as the clip (Linformer)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.projection = nn.Parameter(torch.randn(9, 3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(batch, time, 4)"""
+        few = torch.einsum("bnd,nk->bkd", x, self.projection[: x.shape[1]])
+        return torch.einsum("bnd,bkd->bnk", x, few).softmax(-1)
+
+
+def test_a_projection_of_all_frames_is_a_clip() -> None:
+    x = torch.randn(2, 9, 4)
+    step = cofx.compile(ProjectedFrames().eval(), x, time_dim=1)
+    assert step.equivalence == "clip"
+    assert step.verify(torch.randn(2, 14, 4)).exact
