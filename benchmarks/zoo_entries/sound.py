@@ -153,18 +153,6 @@ def _() -> nn.Module:
     )  # fmt: skip
 
 
-@entry("speechtokenizer/SEANetEncoder", (1, 1, 128))
-def _() -> nn.Module:
-    return load("speechtokenizer.modules", "SEANetEncoder")(n_filters=4, dimension=8, ratios=[4, 2], lstm=1,
-        bidirectional=False, dilation_base=2, residual_kernel_size=3, n_residual_layers=1)  # fmt: skip
-
-
-@entry("speechtokenizer/SEANetDecoder", (1, 8, 16))
-def _() -> nn.Module:
-    return load("speechtokenizer.modules", "SEANetDecoder")(n_filters=4, dimension=8, ratios=[4, 2], lstm=1,
-        bidirectional=False, dilation_base=2, residual_kernel_size=3, n_residual_layers=1)  # fmt: skip
-
-
 # torchaudio: transducers
 
 
