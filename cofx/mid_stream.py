@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from .backends import fastest, installed, measures, question, remember, remembered
+from .passes.codegen.c import compile_native
 from .passes.codegen.graph_module import FOREVER, Key
 from .passes.codegen.inductor import compile_inductor
 from .passes.codegen.session import compile_sessions
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from .runtime.resident import Residence
 
 Shapes = tuple[torch.Size, ...]
+RESIDENT = {"onnxruntime", "c"}  # backends that keep the state in buffers of their own
 
 
 class MidStream:
@@ -33,7 +35,7 @@ class MidStream:
         self._runs: dict[tuple[int, bool, bool], Callable[..., Any] | None] = {}
         self._compiled: dict[Shapes, list[Callable[..., Any]]] = {}
         self._chosen: dict[Shapes, str] = {}  # the backend for frames of these shapes
-        self._homes: dict[Shapes, Residence] = {}
+        self._homes: dict[tuple[str, Shapes], Residence] = {}
         self._accepted: tuple[int | None, Shapes] | None = None
         self._period = plan.schedule.period
         self._single = plan.out_spec.is_leaf()
@@ -61,8 +63,8 @@ class MidStream:
             backend = self._chosen.get(shapes) or self.prepare(frames, batch)
         phase = count % self._period
         by_frame = compiled.large_frames and not traced
-        if backend == "onnxruntime":
-            home = self._homes[shapes]
+        if backend in RESIDENT:
+            home = self._homes[backend, shapes]
             here = state.resident
             if here is None or here.home is not home:
                 here = home.load(self._parts(state))
@@ -149,13 +151,14 @@ class MidStream:
 
         Raises:
             OnnxError: an op has no ONNX form, and ONNX Runtime was asked for.
+            NativeError: an op has no form in C, and that was asked for.
         """
         shapes = tuple(x.shape for x in frames)
         if shapes not in self._chosen:
             with torch.no_grad():
                 self._chosen[shapes] = self._choose(frames, batch)
-            if self._chosen[shapes] != "onnxruntime":
-                self._homes.pop(shapes, None)
+            for other in RESIDENT - {self._chosen[shapes]}:
+                self._homes.pop((other, shapes), None)
         return self._chosen[shapes]
 
     def _choose(self, frames: Sequence[torch.Tensor], batch: int | None) -> str:
@@ -179,7 +182,7 @@ class MidStream:
 
     def _eager_only(self) -> str | None:
         """Why no other backend can run the steps of this model."""
-        if self.compiled.spec.device.type != "cpu" and self.backend == "onnxruntime":
+        if self.compiled.spec.device.type != "cpu" and self.backend in RESIDENT:
             return f"the model is on {self.compiled.spec.device}"
         if self.compiled.steady_from == FOREVER:
             return "what is kept grows with the stream, or the stream has a longest length"
@@ -203,8 +206,8 @@ class MidStream:
             self.compiled.steady_from, allocate(self.compiled.specs, batch or 1, self.compiled.spec.device), batch
         )
         parts = self._parts(zeros)
-        if backend == "onnxruntime":
-            home = self._home(frames, parts)
+        if backend in RESIDENT:
+            home = self._home(backend, frames, parts)
 
             def resident() -> None:
                 placed = home.load(parts)
@@ -237,20 +240,18 @@ class MidStream:
             self._compiled[shapes] = runs
         return self._compiled[shapes]
 
-    def _home(self, frames: Sequence[torch.Tensor], parts: tuple[torch.Tensor, ...]) -> Residence:
-        """The programs of mid-stream in ONNX Runtime for frames of these shapes."""
-        from .runtime.resident import Residence
-
-        shapes = tuple(x.shape for x in frames)
-        if shapes not in self._homes:
+    def _home(self, backend: str, frames: Sequence[torch.Tensor], parts: tuple[torch.Tensor, ...]) -> Residence:
+        """The programs of mid-stream in a backend that keeps their state, for frames of these shapes."""
+        place = backend, tuple(x.shape for x in frames)
+        if place not in self._homes:
             groups: list[int] = []
             for i, spec in enumerate(self.compiled.specs):
                 apart = spec.apart if self.compiled.large_frames else None
                 groups += [i] * (1 if apart is None else spec.dims[apart][1])
+            make = compile_sessions if backend == "onnxruntime" else compile_native
             programs = [self._others(phase) for phase in range(self._period)]
-            sessions, rooms = compile_sessions(self.compiled.plan, programs, [*frames, *parts], len(frames), groups)
-            self._homes[shapes] = Residence(sessions, frames, parts, rooms, groups)
-        return self._homes[shapes]
+            self._homes[place] = make(self.compiled.plan, programs, [*frames, *parts], len(frames), groups)
+        return self._homes[place]
 
 
 def _watched() -> bool:

@@ -1,0 +1,462 @@
+"""Sums of products in C: matrix products and convolutions, all as ``out[b, m, n] = start[n] + sum_k a[b, m, k] * w[b, k, n]``.
+
+Each of `b`, `m`, `n` and `k` may be several dimensions. What lies innermost in vectors is
+
+- `n`, if the second operand is a constant, which is stored as the loops read it, or has its `n` side by side,
+- `b`, if there are many of these and few `n`: depthwise convolutions,
+- `k`, summed up in the end, where both operands have it side by side.
+
+A row of vectors of the result stays in registers over all of `k`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from math import prod
+from typing import Any
+
+import torch
+
+from .operators import FLOATS, TYPES
+from .views import Buffer, Dim, View, refine, size_of, split
+
+Axis = tuple[int, tuple[int, ...]]  # a size, and the strides of all operands in it
+
+
+@dataclass(frozen=True)
+class Target:
+    """What the compiler compiles for.
+
+    Attributes:
+        bytes: of a vector register.
+        registers: vectors that fit in them.
+    """
+
+    bytes: int = 16
+    registers: int = 16
+
+    def lanes(self, dtype: torch.dtype) -> int:
+        """Numbers in a vector."""
+        return max(1, self.bytes // dtype.itemsize)
+
+
+@dataclass
+class Product:
+    """A sum of products.
+
+    Attributes:
+        a, w: the operands.
+        b, k: dimensions of both, as pairs.
+        m, n: dimensions of one of them.
+        start: what sums begin with, for each entry of `n` (with many b and few n: of `b` and `n`), or None.
+        name: for the reader.
+    """
+
+    a: View
+    w: View
+    b: list[tuple[Dim, Dim]]
+    m: list[Dim]
+    n: list[Dim]
+    k: list[tuple[Dim, Dim]]
+    dtype: torch.dtype
+    name: str
+
+
+def _axes(pairs: Sequence[Sequence[Dim]]) -> list[Axis]:
+    """Dimensions of several operands, cut into factors that all of them have; those that continue each other as one."""
+    axes: list[Axis] = []
+    for dims in pairs:
+        size = next((size_of(d) for d in dims if d), 1)
+        sizes = refine([d for d in dims if d] or [((size, 0),)])
+        strides = [split(d, sizes) if d else [0] * len(sizes) for d in dims]
+        axes += [(n, tuple(s[i] for s in strides)) for i, n in enumerate(sizes) if n > 1]
+    return axes
+
+
+def merged(axes: Sequence[Axis]) -> list[Axis]:
+    """Axes, each of which continues none of those before it."""
+    found: list[Axis] = []
+    for size, strides in axes:
+        if found and all(s == t * size for s, t in zip(found[-1][1], strides, strict=True)):
+            found[-1] = found[-1][0] * size, strides
+        else:
+            found.append((size, strides))
+    return found
+
+
+def _index(terms: Sequence[tuple[str, int]]) -> str:
+    parts = [v if s == 1 else f"{v} * {s}" for v, s in terms if s and v != "0"]
+    return " + ".join(parts) or "0"
+
+
+class Kernels:
+    """The C functions of sums of products, each written once.
+
+    Attributes:
+        target: what they are for.
+        functions: by their text, their names.
+        packed: constants as the loops read them.
+    """
+
+    def __init__(self, target: Target) -> None:
+        self.target = target
+        self.functions: dict[str, str] = {}
+        self.packed: list[Buffer] = []
+        self._known: dict[Any, Buffer] = {}
+        self.multiplies = 0
+
+    def call(self, p: Product, out: View, out_dims: tuple[list[Dim], list[Dim], list[Dim]]) -> list[str]:
+        """The lines that compute a sum of products.
+
+        Args:
+            p: of what.
+            out: where it goes.
+            out_dims: its dimensions `b`, `m` and `n`.
+        """
+        ob, om, on = out_dims
+        b = _axes([(*pair, o) for pair, o in zip(p.b, ob, strict=True)])
+        m = _axes(list(zip(p.m, om, strict=True)))
+        n = _axes(list(zip(p.n, on, strict=True)))
+        k = merged(sorted(_axes(p.k), key=lambda x: -abs(x[1][0])))
+        sizes = [prod(x[0] for x in axes) for axes in (b, m, n, k)]
+        self.multiplies += prod(sizes)
+        lanes = self.target.lanes(p.dtype)
+        tensor = None if p.w.buffer is None else p.w.buffer.tensor
+        floats = p.dtype in FLOATS
+        across = floats and tensor is not None and sizes[0] >= lanes and sizes[2] < lanes and bool(b) and b[-1][0] >= lanes
+        if across:
+            body, arguments = self._across(p, out, b, m, n, k, tensor)
+        elif floats and tensor is not None and sizes[2] >= 2:
+            body, arguments = self._packed(p, out, merged(b), merged(m), n, k, tensor)
+        elif floats and n and merged(n)[-1][1][0] == 1 and merged(n)[-1][0] >= lanes:
+            body, arguments = self._rows(p, out, merged(b), merged(m), merged(n), k)
+        else:
+            body, arguments = self._plain(p, out, merged(b), merged(m), merged(n), k)
+        return [f"/* {p.name}: {sizes[1]} x {sizes[3]} times {sizes[3]} x {sizes[2]}{f', {sizes[0]} times' if sizes[0] > 1 else ''} */",
+                f"{self._function(p.dtype, sizes, body)}({', '.join(arguments)});"]  # fmt: skip
+
+    def _function(self, dtype: torch.dtype, sizes: Sequence[int], body: Sequence[str]) -> str:
+        text = "\n".join(body)
+        if text not in self.functions:
+            b, m, n, k = sizes
+            self.functions[text] = f"product_{len(self.functions)}_{f'{b}x' if b > 1 else ''}{m}x{k}x{n}"
+        return self.functions[text]
+
+    def source(self) -> list[str]:
+        """All functions in C."""
+        lines: list[str] = []
+        for text, name in self.functions.items():
+            lines += [text.replace("NAME", name), ""]
+        return lines
+
+    def constant(self, tensor: torch.Tensor) -> Buffer:
+        """A constant that a program reads as it is."""
+        self.packed.append(Buffer(f"w{len(self.packed)}", tensor.dtype, tensor.numel(), tensor.contiguous()))
+        return self.packed[-1]
+
+    def hold(self, view: View) -> Buffer:
+        """A constant's entries, put in the order of a view."""
+        axes = [(n, (s,)) for dim in view.dims for n, s in dim]
+        return self._stored(view, axes, "as it is", lambda whole: whole)
+
+    def _stored(
+        self, view: View, axes: Sequence[Axis], how: str, lay: Callable[[torch.Tensor], torch.Tensor]
+    ) -> Buffer:
+        """A constant, laid out once for all that read it so."""
+        assert view.buffer is not None and view.buffer.tensor is not None
+        key = id(view.buffer.tensor), view.offset, tuple(axes), how
+        if key not in self._known:
+            self._known[key] = self.constant(lay(_gathered(view, axes)))
+        return self._known[key]
+
+    # -- ways ----------------------------------------------------------------------------------------------------------
+
+    def _packed(self, p: Product, out: View, b: list[Axis], m: list[Axis], n: list[Axis], k: list[Axis], tensor: torch.Tensor) -> tuple[list[str], list[str]]:
+        """A constant second operand, stored as ``[b][panel][k][entries of n in a panel]``."""
+        lanes = self.target.lanes(p.dtype)
+        many, rows = prod(x[0] for x in n), max(x[0] for x in m) if m else 1
+        step = self._panel(rows, -(-many // lanes)) * lanes
+        wb = [(s, (t[1],)) for s, t in b]
+        wk = [(s, (t[1],)) for s, t in k]
+        wn = [(s, (t[0],)) for s, t in n]
+        depth = prod(x[0] for x in k)
+        widths = _widths(many, step, lanes)
+
+        def lay(whole: torch.Tensor) -> torch.Tensor:
+            whole = whole.reshape(-1, depth, many)
+            room = widths[-1][0] + widths[-1][1]
+            whole = torch.nn.functional.pad(whole, (0, room - many))
+            return torch.cat([whole[:, :, at : at + width].flatten(1) for at, width in widths], 1)
+
+        held = self._stored(p.w, [*wb, *wk, *wn], f"panels {widths}", lay)
+        n_out = merged([(s, (t[1],)) for s, t in n])
+        beside = len(n_out) == 1 and n_out[0][1][0] == 1 or many == 1
+        lines = self._head(p.dtype)
+        pad, loops, a_at, o_at = self._open(lines, b, m, out_last=True)
+        w_at = [(v, x) for v, x in zip(loops["b"], _row_strides([s for s, _ in b], depth * sum(w for _, w in widths)), strict=True)]
+        for at, width in widths:
+            lines.append(f"{pad}{{ /* columns {at} to {min(at + width, many) - 1} */")
+            lines.append(f"{pad}  const {TYPES[p.dtype]} *restrict panel = w + {_index([*w_at, ('1', depth * at)])};")
+            self._blocks(lines, pad + "  ", p.dtype, loops, k, width, [width], min(width, many - at), a_at, o_at, at, n_out, beside)
+            lines.append(f"{pad}}}")
+        lines += self._close(pad)
+        return lines, self._arguments(p, out, held.name)
+
+    def _rows(self, p: Product, out: View, b: list[Axis], m: list[Axis], n: list[Axis], k: list[Axis]) -> tuple[list[str], list[str]]:
+        """A second operand that is computed, with its last `n` side by side."""
+        lanes = self.target.lanes(p.dtype)
+        lines = self._head(p.dtype)
+        *above, (many, (_, out_stride)) = n
+        pad, loops, a_at, o_at = self._open(lines, b, [*m], out_last=True)
+        w_at = [(v, t[1]) for v, (_, t) in zip(loops["b"], b, strict=True)]
+        for i, (size, (ws, os)) in enumerate(above):
+            lines.append(f"{pad}for (int n{i} = 0; n{i} < {size}; n{i}++)")
+            w_at.append((f"n{i}", ws))
+            o_at.append((f"n{i}", os))
+        lines.append(f"{pad}{{")
+        step, at = self._panel(max((x[0] for x in m), default=1), many // lanes) * lanes, 0
+        while at < many:
+            width = min(step, (many - at) // lanes * lanes)
+            if width == 0:
+                lines += self._tail(pad + "  ", p.dtype, loops, k, at, many, a_at, o_at, w_at, out_stride)
+                break
+            lines.append(f"{pad}  {{ /* columns {at} to {at + width - 1} */")
+            lines.append(f"{pad}    const {TYPES[p.dtype]} *restrict panel = w + {_index([*w_at, ('1', at)])};")
+            self._blocks(lines, pad + "    ", p.dtype, loops, k, width, [t[1] for _, t in k], width, a_at, o_at, at, [(many, (out_stride,))], out_stride == 1)
+            lines.append(f"{pad}  }}")
+            at += width
+        lines.append(f"{pad}}}")
+        lines += self._close(pad)
+        return lines, self._arguments(p, out, p.w.buffer.name, p.w.offset)  # type: ignore[union-attr]
+
+    def _panel(self, rows: int, vectors: int) -> int:
+        """Vectors of a panel: so that a block of rows of them fits into registers."""
+        most = 24 if self.target.registers >= 32 else 12
+        widest = 8 if self.target.registers >= 32 else 4
+        fits = next(x for x in (8, 4, 3, 2, 1) if x <= widest and (x * min(rows, 8) <= most or x == (4 if most == 24 else 2)))
+        return max(1, min(fits, vectors))
+
+    def _open(self, lines: list[str], b: list[Axis], m: list[Axis], out_last: bool) -> tuple[str, dict[str, list[str]], list[tuple[str, int]], list[tuple[str, int]]]:
+        """Loops over `b` and all of `m` but the longest; addresses in them."""
+        pad, a_at, o_at = "  ", [], []
+        loops: dict[str, list[str]] = {"b": []}
+        for i, (size, strides) in enumerate(b):
+            lines.append(f"{pad}for (int b{i} = 0; b{i} < {size}; b{i}++)")
+            loops["b"].append(f"b{i}")
+            a_at.append((f"b{i}", strides[0]))
+            o_at.append((f"b{i}", strides[2]))
+        longest = max(range(len(m)), key=lambda i: m[i][0]) if m else None
+        for i, (size, strides) in enumerate(m):
+            if i != longest:
+                lines.append(f"{pad}for (int m{i} = 0; m{i} < {size}; m{i}++)")
+                a_at.append((f"m{i}", strides[0]))
+                o_at.append((f"m{i}", strides[1]))
+        lines.append(f"{pad}{{")
+        self.row = (1, (0, 0)) if longest is None else m[longest]
+        return pad + "  ", loops, a_at, o_at
+
+    def _close(self, pad: str) -> list[str]:
+        return [pad[:-2] + "}", "}"]
+
+    def _head(self, dtype: torch.dtype) -> list[str]:
+        kind = TYPES[dtype]
+        return [f"static void NAME(const {kind} *restrict a, const {kind} *restrict w, {kind} *restrict out)", "{"]
+
+    def _arguments(self, p: Product, out: View, w: str, offset: int = 0) -> list[str]:
+        def place(name: str, at: int) -> str:
+            return f"{name} + {at}" if at else name
+
+        return [place(p.a.buffer.name, p.a.offset), place(w, offset), place(out.buffer.name, out.offset)]  # type: ignore[union-attr]
+
+    def _blocks(
+        self, lines: list[str], pad: str, dtype: torch.dtype, loops: dict[str, list[str]], k: list[Axis], width: int,
+        w_strides: list[int], wide: int, a_at: list[tuple[str, int]], o_at: list[tuple[str, int]], column: int,
+        n_out: list[Axis], beside: bool,
+    ) -> None:  # fmt: skip
+        """Rows of a panel, some at a time."""
+        lanes = self.target.lanes(dtype)
+        vectors = width // lanes
+        most = 24 if self.target.registers >= 32 else 12
+        size, (a_row, o_row) = self.row
+        block = min(size, max(1, most // vectors), 8)
+        block = -(-size // -(-size // block))  # as even as can be
+        full, rest = divmod(size, block)
+        if full > 1:
+            lines.append(f"{pad}for (int m = 0; m < {full * block}; m += {block})")
+        if full:
+            place = "m" if full > 1 else "0"
+            self._block(lines, pad, dtype, k, vectors, block, w_strides, width, wide, [*a_at, (place, a_row)], [*o_at, (place, o_row)], a_row, o_row, column, n_out, beside)
+        if rest:
+            more = str(full * block)
+            self._block(lines, pad, dtype, k, vectors, rest, w_strides, width, wide, [*a_at, (more, a_row)], [*o_at, (more, o_row)], a_row, o_row, column, n_out, beside)
+
+    def _block(
+        self, lines: list[str], pad: str, dtype: torch.dtype, k: list[Axis], vectors: int, rows: int, w_strides: list[int],
+        width: int, wide: int, a_at: list[tuple[str, int]], o_at: list[tuple[str, int]], a_row: int, o_row: int,
+        column: int, n_out: list[Axis], beside: bool,
+    ) -> None:  # fmt: skip
+        """Some rows of a panel: their sums are in registers."""
+        lanes, kind = self.target.lanes(dtype), TYPES[dtype]
+        vector = f"{kind}{lanes}"
+        packed = len(w_strides) != len(k) or w_strides == [width]
+        strides = _row_strides([s for s, _ in k], width) if packed else w_strides
+        copies = 2 if rows * vectors <= 4 and k and k[-1][0] % 2 == 0 else 1  # enough sums to hide what one takes
+        lines.append(f"{pad}{{")
+        inner = pad + "  "
+        names = [[[f"s{r}_{v}{'ab'[c] if copies > 1 else ''}" for c in range(copies)] for v in range(vectors)] for r in range(rows)]
+        for r in range(rows):
+            lines.append(f"{inner}{vector} " + ", ".join(f"{x} = {{0}}" for v in names[r] for x in v) + ";")
+        lines.append(f"{inner}const {kind} *restrict x = a + {_index(a_at)};")
+        deep = inner
+        for i, (size, _) in enumerate(k):
+            step = copies if i == len(k) - 1 else 1
+            lines.append(f"{deep}for (int k{i} = 0; k{i} < {size}; k{i} += {step})")
+            deep += "  "
+        lines.append(f"{deep}{{")
+        for c in range(copies):
+            a_k = [(f"k{i}", t[0]) for i, (_, t) in enumerate(k)]
+            w_k = [(f"k{i}", s) for i, s in enumerate(strides)] if k else []
+            if c:
+                a_k.append((str(k[-1][1][0]), 1)), w_k.append((str(strides[-1]), 1))
+            lines.append(f"{deep}  const {kind} *restrict y{c} = panel + {_index(w_k)};")
+            for r in range(rows):
+                at = _index([*a_k, (str(r * a_row), 1)] if r else a_k)
+                lines.append(f"{deep}  const {kind} x{r}_{c} = x[{at}];")
+            for v in range(vectors):
+                lines.append(f"{deep}  const {vector} w{v}_{c} = *(const {vector} *)(y{c} + {v * lanes});")
+            for r in range(rows):
+                lines += [f"{deep}  {names[r][v][c]} += x{r}_{c} * w{v}_{c};" for v in range(vectors)]
+        lines.append(f"{deep}}}")
+        for r in range(rows):
+            for v in range(vectors):
+                first, count = v * lanes, min(lanes, wide - v * lanes)
+                if count <= 0:
+                    continue
+                total = " + ".join(names[r][v])
+                base = [*o_at, (str(r * o_row), 1)] if r else list(o_at)
+                if beside:
+                    place = f"out + {_index([*base, (str(column + first), 1)])}"
+                    if count == lanes:
+                        lines.append(f"{inner}*({vector} *)({place}) = {total};")
+                    else:
+                        lines.append(f"{inner}{{ {vector} t = {total}; memcpy({place}, &t, {count} * sizeof({kind})); }}")
+                else:
+                    lines.append(f"{inner}{{ {vector} t = {total};")
+                    for j in range(count):
+                        at = _place(column + first + j, n_out)
+                        lines.append(f"{inner}  out[{_index([*base, (str(at), 1)] if at else base)}] = t[{j}];")
+                    lines.append(f"{inner}}}")
+        lines.append(f"{pad}}}")
+
+    def _tail(self, pad: str, dtype: torch.dtype, loops: dict[str, list[str]], k: list[Axis], at: int, many: int, a_at: list[tuple[str, int]], o_at: list[tuple[str, int]], w_at: list[tuple[str, int]], out_stride: int) -> list[str]:
+        """The last columns, one by one."""
+        size, (a_row, o_row) = self.row
+        kind = TYPES[dtype]
+        lines = [f"{pad}for (int m = 0; m < {size}; m++)", f"{pad}for (int n = {at}; n < {many}; n++) {{", f"{pad}  {kind} sum = 0;"]
+        lines += [f"{pad}  for (int k{i} = 0; k{i} < {s}; k{i}++)" for i, (s, _) in enumerate(k)]
+        a = _index([*a_at, ("m", a_row), *((f"k{i}", t[0]) for i, (_, t) in enumerate(k))])
+        w = _index([*w_at, ("n", 1), *((f"k{i}", t[1]) for i, (_, t) in enumerate(k))])
+        lines.append(f"{pad}    sum += a[{a}] * w[{w}];")
+        return [*lines, f"{pad}  out[{_index([*o_at, ('m', o_row), ('n', out_stride)])}] = sum;", f"{pad}}}"]
+
+    def _across(self, p: Product, out: View, b: list[Axis], m: list[Axis], n: list[Axis], k: list[Axis], tensor: torch.Tensor) -> tuple[list[str], list[str]]:
+        """A constant second operand with many `b`, which lie innermost: stored as ``[b...][n][k][last b]``."""
+        kind, lanes = TYPES[p.dtype], self.target.lanes(p.dtype)
+        b = merged(sorted(b, key=lambda x: -abs(x[1][0])))
+        *above, (many, (a_b, _, o_b)) = b
+        order = [*((s, (t[1],)) for s, t in above), *((s, (t[0],)) for s, t in n), *((s, (t[1],)) for s, t in k), (many, (b[-1][1][1],))]
+        held = self._stored(p.w, order, "as it is", lambda whole: whole)
+        w_strides = _row_strides([x[0] for x in order], 1)
+        lines, at = self._head(p.dtype), 0
+        a_at: list[tuple[str, int]] = []
+        o_at: list[tuple[str, int]] = []
+        w_at: list[tuple[str, int]] = []
+        pad = "  "
+
+        def loop(name: str, size: int, a: int, w: int, o: int) -> None:
+            nonlocal pad
+            lines.append(f"{pad}for (int {name} = 0; {name} < {size}; {name}++)")
+            a_at.append((name, a)), w_at.append((name, w)), o_at.append((name, o))
+
+        for i, (size, strides) in enumerate(above):
+            loop(f"b{i}", size, strides[0], w_strides[at], strides[2])
+            at += 1
+        for i, (size, strides) in enumerate(m):
+            loop(f"m{i}", size, strides[0], 0, strides[1])
+        for i, (size, strides) in enumerate(n):
+            loop(f"n{i}", size, 0, w_strides[at], strides[1])
+            at += 1
+        lines.append(f"{pad}{{")
+        full = many // lanes * lanes if a_b == 1 and o_b == 1 else 0
+        k_w = [(f"k{i}", w_strides[at + i]) for i in range(len(k))]
+        k_a = [(f"k{i}", t[0]) for i, (_, t) in enumerate(k)]
+        heads = [f"for (int k{i} = 0; k{i} < {s}; k{i}++)" for i, (s, _) in enumerate(k)]
+        if full:
+            vector = f"{kind}{lanes}"
+            lines.append(f"{pad}  for (int c = 0; c < {full}; c += {lanes}) {{")
+            lines.append(f"{pad}    {vector} sum = {{0}};")
+            lines += [f"{pad}    {x}" for x in heads]
+            lines.append(f"{pad}      sum += *(const {vector} *)(a + {_index([*a_at, *k_a, ('c', 1)])}) * *(const {vector} *)(w + {_index([*w_at, *k_w, ('c', 1)])});")
+            lines.append(f"{pad}    *({vector} *)(out + {_index([*o_at, ('c', 1)])}) = sum;")
+            lines.append(f"{pad}  }}")
+        if full < many:
+            lines.append(f"{pad}  for (int c = {full}; c < {many}; c++) {{")
+            lines.append(f"{pad}    {kind} sum = 0;")
+            lines += [f"{pad}    {x}" for x in heads]
+            lines.append(f"{pad}      sum += a[{_index([*a_at, *k_a, ('c', a_b)])}] * w[{_index([*w_at, *k_w, ('c', 1)])}];")
+            lines.append(f"{pad}    out[{_index([*o_at, ('c', o_b)])}] = sum;")
+            lines.append(f"{pad}  }}")
+        return [*lines, f"{pad}}}", "}"], self._arguments(p, out, held.name)
+
+    def _plain(self, p: Product, out: View, b: list[Axis], m: list[Axis], n: list[Axis], k: list[Axis]) -> tuple[list[str], list[str]]:
+        """Sum by sum; vectors along `k` where it lies side by side in both."""
+        kind = TYPES[p.dtype]
+        lines, a_at, w_at, o_at, pad = self._head(p.dtype), [], [], [], "  "
+        for name, axes, places in (("b", b, (0, 1, 2)), ("m", m, (0, None, 1)), ("n", n, (None, 0, 1))):
+            for i, (size, strides) in enumerate(axes):
+                lines.append(f"{pad}for (int {name}{i} = 0; {name}{i} < {size}; {name}{i}++)")
+                for into, place in zip((a_at, w_at, o_at), places, strict=True):
+                    if place is not None:
+                        into.append((f"{name}{i}", strides[place]))
+        lines += [f"{pad}{{", f"{pad}  {kind} sum = 0;"]
+        for i, (size, strides) in enumerate(k):
+            if i == len(k) - 1 and strides == (1, 1) and p.dtype in FLOATS:
+                lines.append("#pragma omp simd reduction(+:sum)")
+            lines.append(f"{pad}  for (int k{i} = 0; k{i} < {size}; k{i}++)")
+            a_at.append((f"k{i}", strides[0]))
+            w_at.append((f"k{i}", strides[1]))
+        lines += [f"{pad}    sum += a[{_index(a_at)}] * w[{_index(w_at)}];", f"{pad}  out[{_index(o_at)}] = sum;", f"{pad}}}", "}"]
+        return lines, self._arguments(p, out, p.w.buffer.name, p.w.offset)  # type: ignore[union-attr]
+
+
+def _widths(many: int, step: int, lanes: int) -> list[tuple[int, int]]:
+    """Where panels begin, and how wide they are: whole vectors."""
+    return [(at, min(step, -(-(many - at) // lanes) * lanes)) for at in range(0, many, step)]
+
+
+def _gathered(view: View, axes: Sequence[Axis]) -> torch.Tensor:
+    """A constant with these axes as dimensions."""
+    assert view.buffer is not None and view.buffer.tensor is not None
+    place = torch.tensor(view.offset)
+    for size, strides in axes:
+        place = place[..., None] + torch.arange(size) * strides[0]
+    return view.buffer.tensor.contiguous().reshape(-1)[place]
+
+
+def _row_strides(sizes: Sequence[int], inner: int) -> list[int]:
+    """The strides of dimensions without gaps, of which the last has entries of so many numbers."""
+    strides, stride = [], inner
+    for size in reversed(sizes):
+        strides.append(stride)
+        stride *= size
+    return strides[::-1]
+
+
+def _place(i: int, axes: Sequence[Axis]) -> int:
+    """The address of an entry of dimensions taken as one."""
+    at = 0
+    for size, strides in reversed(axes):
+        i, j = divmod(i, size)
+        at += j * strides[0]
+    return at
