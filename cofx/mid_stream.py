@@ -37,6 +37,7 @@ class MidStream:
         self._chosen: dict[Shapes, str] = {}  # the backend for frames of these shapes
         self._homes: dict[tuple[str, Shapes], Residence] = {}
         self._accepted: tuple[int | None, Shapes] | None = None
+        self._home: Residence | None = None  # where the state is for frames of the accepted shapes, if anywhere
         self._period = plan.schedule.period
         self._single = plan.out_spec.is_leaf()
         self._flat = plan.out_spec.type is tuple and len(plan.outputs) == plan.out_spec.num_children
@@ -44,6 +45,7 @@ class MidStream:
     def accept(self, frames: Sequence[torch.Tensor], batch: int | None) -> None:
         """These inputs have been checked: frames of the same shapes need not be, in a stream of that batch size."""
         self._accepted = (batch, tuple(x.shape for x in frames))
+        self._home = self._homes.get((self._chosen.get(self._accepted[1], ""), self._accepted[1]))
 
     def step(self, state: StreamState, frames: Sequence[torch.Tensor]) -> tuple[Any, StreamState] | None:
         """A step's output and the state after, the short way; None where it has to be taken the long way.
@@ -53,24 +55,21 @@ class MidStream:
         compiled, count, batch = self.compiled, state.count, state.batch
         if count < compiled.steady_from or not self._accepts(frames, batch) or _watched() or not compiled.folded():
             return None
-        compiled.notice()
         traced = torch.compiler.is_dynamo_compiling()  # its own kernels fit with histories that are whole
+        if not traced:
+            compiled.notice()
+        gradients = torch.is_grad_enabled() and (any(x.requires_grad for x in frames) or state.requires_grad)
+        phase = count % self._period
         backend = "eager"
         assert self._accepted is not None
         shapes = self._accepted[1]
-        gradients = torch.is_grad_enabled() and (any(x.requires_grad for x in frames) or state.requires_grad)
         if self.backend != "eager" and not traced and not gradients:
-            backend = self._chosen.get(shapes) or self.prepare(frames, batch)
-        phase = count % self._period
+            if self._home is None:
+                backend = self._chosen.get(shapes) or self.prepare(frames, batch)
+                self._home = self._homes.get((backend, shapes))
+            if self._home is not None:
+                return self._resident_step(self._home, phase, frames, state)
         by_frame = compiled.large_frames and not traced
-        if backend in RESIDENT:
-            home = self._homes[backend, shapes]
-            here = state.resident
-            if here is None or here.home is not home:
-                here = home.load(self._parts(state))
-            outputs, placed = home.step(phase, frames, here)
-            specs = compiled.specs if compiled.large_frames else self._whole
-            return self._packed(outputs), StreamState(count + 1, None, batch, None, specs, placed)
         if backend == "inductor":
             run: Callable[..., Any] | None = self._compiled[shapes][phase]
         else:
@@ -90,12 +89,24 @@ class MidStream:
             return out, StreamState(count + 1, None, batch, after, compiled.specs)
         return out, StreamState(count + 1, after, batch)
 
+    def _resident_step(
+        self, home: Residence, phase: int, frames: Sequence[torch.Tensor], state: StreamState
+    ) -> tuple[Any, StreamState]:
+        """A step in the buffers of a backend."""
+        here = state.resident
+        if here is None or here.home is not home:
+            here = home.load(self._parts(state))
+        outputs, placed = home.step(phase, frames, here)
+        specs = self.compiled.specs if self.compiled.large_frames else self._whole
+        out = outputs[0] if self._single else self._packed(outputs)
+        return out, StreamState(state.count + 1, None, state.batch, None, specs, placed)
+
     def _accepts(self, frames: Sequence[torch.Tensor], batch: int | None) -> bool:
         """Whether frames like these have been checked."""
         accepted, spec = self._accepted, self.compiled.spec
         if accepted is None or accepted[0] != batch or len(frames) != len(accepted[1]):
             return False
-        for x, shape, dtype in zip(frames, accepted[1], spec.dtypes, strict=True):
+        for x, shape, dtype in zip(frames, accepted[1], spec.dtypes, strict=False):
             if not isinstance(x, torch.Tensor) or x.shape != shape or x.dtype is not dtype or x.device != spec.device:
                 return False
         return True
@@ -207,7 +218,7 @@ class MidStream:
         )
         parts = self._parts(zeros)
         if backend in RESIDENT:
-            home = self._home(backend, frames, parts)
+            home = self._made_home(backend, frames, parts)
 
             def resident() -> None:
                 placed = home.load(parts)
@@ -240,7 +251,7 @@ class MidStream:
             self._compiled[shapes] = runs
         return self._compiled[shapes]
 
-    def _home(self, backend: str, frames: Sequence[torch.Tensor], parts: tuple[torch.Tensor, ...]) -> Residence:
+    def _made_home(self, backend: str, frames: Sequence[torch.Tensor], parts: tuple[torch.Tensor, ...]) -> Residence:
         """The programs of mid-stream in a backend that keeps their state, for frames of these shapes."""
         place = backend, tuple(x.shape for x in frames)
         if place not in self._homes:
@@ -257,7 +268,9 @@ class MidStream:
 def _watched() -> bool:
     """Whether somebody looks on at the operations (a counter), or changes them (autocast)."""
     return not torch.compiler.is_dynamo_compiling() and (
-        torch._C._len_torch_dispatch_stack() > 0
-        or torch._C._len_torch_function_stack() > 0
-        or torch.is_autocast_enabled("cpu")
+        _dispatch_modes() > 0 or _function_modes() > 0 or _autocast("cpu")
     )
+
+
+_dispatch_modes, _function_modes = torch._C._len_torch_dispatch_stack, torch._C._len_torch_function_stack
+_autocast = torch._C.is_autocast_enabled

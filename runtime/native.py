@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -111,12 +111,7 @@ class NativeResidence:
         addresses += [x.data_ptr() for x in (*self.memory, *constants)]
         self.pointers = (ctypes.c_void_p * len(addresses))(*addresses)
         self.table = ctypes.c_void_p(ctypes.addressof(self.pointers))
-        self.functions = []
-        for phase, outputs in enumerate(results):
-            function = getattr(self.library, f"step_{phase}")
-            given = frames + sum(r is not None for r in outputs)
-            function.restype, function.argtypes = None, [ctypes.c_void_p, ctypes.c_int, *[ctypes.c_void_p] * given]
-            self.functions.append(function)
+        self.runs = [self._function(phase, outputs, frames) for phase, outputs in enumerate(results)]
         self.live: tuple[Resident | None, Resident | None] = None, None
 
     def load(self, parts: Sequence[torch.Tensor]) -> Resident:
@@ -138,16 +133,36 @@ class NativeResidence:
             parts |= zip(ring.parts, ring.read(memory, start), strict=True)
         return tuple(parts[i] for i in sorted(parts))
 
-    def step(self, phase: int, frames: Sequence[torch.Tensor], state: Resident) -> tuple[list[Any], Resident]:
+    def step(self, phase: int, frames: Sequence[torch.Tensor], state: Resident) -> tuple[Sequence[Any], Resident]:
         """The outputs, which are the caller's, and the state after; None where nothing is due."""
-        if not any(state is s for s in self.live):
+        live, k = self.live, state.place
+        if state is not live[1] and state is not live[0]:
             raise AssertionError("a state of long ago")
-        k: int = state.place
-        outputs = [None if r is None else torch.empty(r[0], dtype=r[1]) for r in self.results[phase]]
-        given = [x if x.is_contiguous() else x.contiguous() for x in frames]
         after = Resident(self, 1 - k)
         self.live = state, after
-        self.functions[phase](
-            self.table, k, *[x.data_ptr() for x in given], *[y.data_ptr() for y in outputs if y is not None]
-        )
-        return outputs, after
+        return self.runs[phase](k, *frames), after
+
+    def _function(self, phase: int, results: Sequence[Result | None], frames: int) -> Callable[..., Sequence[Any]]:
+        """A phase's function in Python: ``(k, frames...) -> outputs``."""
+        function, table, empty = getattr(self.library, f"step_{phase}"), self.table, torch.empty_like
+        made = [None if r is None else torch.empty(r[0], dtype=r[1]) for r in results]
+        given = frames + sum(y is not None for y in made)
+        function.restype, function.argtypes = None, [ctypes.c_void_p, ctypes.c_int, *[ctypes.c_void_p] * given]
+
+        def several(k: int, *frames: torch.Tensor) -> Sequence[Any]:
+            lying = [x if x.is_contiguous() else x.contiguous() for x in frames]
+            outputs = [None if like is None else empty(like) for like in made]
+            function(table, k, *[x.data_ptr() for x in lying], *[y.data_ptr() for y in outputs if y is not None])
+            return outputs
+
+        if frames != 1 or len(made) != 1 or (like := made[0]) is None:
+            return several
+
+        def single(k: int, frame: torch.Tensor) -> Sequence[Any]:  # the same, without lists
+            if not frame.is_contiguous():
+                frame = frame.contiguous()
+            output = empty(like)
+            function(table, k, frame.data_ptr(), output.data_ptr())
+            return (output,)
+
+        return single

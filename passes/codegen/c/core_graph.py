@@ -22,14 +22,32 @@ _FURTHER = (
     aten.native_batch_norm.default, aten._native_batch_norm_legit_no_training.default, aten.upsample_bilinear2d.default,
     aten.upsample_trilinear3d.default, aten._scaled_dot_product_flash_attention_for_cpu.default,
     aten.linalg_vector_norm.default, aten.rrelu_with_noise.default, aten._trilinear.default,
-    aten.std_mean.correction, aten.addmm.default, aten.full_like.default,
+    aten.std_mean.correction,
 )  # fmt: skip
+
+
+def _lstm_layer(
+    x: torch.Tensor, w0: torch.Tensor, w1: torch.Tensor, b0: torch.Tensor, b1: torch.Tensor, h: torch.Tensor,
+    c: torch.Tensor, reverse: bool, sizes: Any, mode: int, hidden: int, layers: int, biases: bool,
+    bidirectional: bool, batch_first: bool, train: bool,
+) -> Any:  # fmt: skip
+    """An LSTM layer of oneDNN, frame by frame: ``(time, batch, in) -> (time, batch, hidden)``."""
+    if mode != 2 or reverse or layers != 1 or bidirectional or batch_first or not biases:
+        return NotImplemented
+    h, c, made = h.reshape(x.shape[1], -1), c.reshape(x.shape[1], -1), []
+    for frame in x.unbind(0):
+        i, f, g, o = (frame @ w0.t() + b0 + h @ w1.t() + b1).chunk(4, 1)
+        c = f.sigmoid() * c + i.sigmoid() * g.tanh()
+        h = o.sigmoid() * c.tanh()
+        made.append(h)
+    return torch.stack(made), h[None], c[None], x.new_empty(0)
 
 
 def _table() -> dict[Any, Callable[..., Any]]:
     table = {op: f for op, f in core_aten_decompositions().items() if op not in _OWN}
-    further = (op for op in _FURTHER if op in decomposition_table and op is not aten.addmm.default)
-    return table | {op: decomposition_table[op] for op in further}
+    further = (op for op in _FURTHER if op in decomposition_table)
+    further_table = {op: decomposition_table[op] for op in further}
+    return {**table, **further_table, aten.mkldnn_rnn_layer.default: _lstm_layer}
 
 
 def core_graph(

@@ -126,9 +126,9 @@ class Kernels:
         floats = p.dtype in FLOATS
         across = floats and tensor is not None and sizes[0] >= lanes and sizes[2] < lanes and bool(b) and b[-1][0] >= lanes
         if across:
-            body, arguments = self._across(p, out, b, m, n, k, tensor)
+            body, arguments = self._across(p, out, b, m, n, k)
         elif floats and tensor is not None and sizes[2] >= 2:
-            body, arguments = self._packed(p, out, merged(b), merged(m), n, k, tensor)
+            body, arguments = self._packed(p, out, merged(b), merged(m), n, k)
         elif floats and n and merged(n)[-1][1][0] == 1 and merged(n)[-1][0] >= lanes:
             body, arguments = self._rows(p, out, merged(b), merged(m), merged(n), k)
         else:
@@ -172,63 +172,72 @@ class Kernels:
 
     # -- ways ----------------------------------------------------------------------------------------------------------
 
-    def _packed(self, p: Product, out: View, b: list[Axis], m: list[Axis], n: list[Axis], k: list[Axis], tensor: torch.Tensor) -> tuple[list[str], list[str]]:
+    def _packed(
+        self, p: Product, out: View, b: list[Axis], m: list[Axis], n: list[Axis], k: list[Axis]
+    ) -> tuple[list[str], list[str]]:
         """A constant second operand, stored as ``[b][panel][k][entries of n in a panel]``."""
-        lanes = self.target.lanes(p.dtype)
-        many, rows = prod(x[0] for x in n), max(x[0] for x in m) if m else 1
-        step = self._panel(rows, -(-many // lanes)) * lanes
-        wb = [(s, (t[1],)) for s, t in b]
-        wk = [(s, (t[1],)) for s, t in k]
-        wn = [(s, (t[0],)) for s, t in n]
-        depth = prod(x[0] for x in k)
-        widths = _widths(many, step, lanes)
+        lanes, kind = self.target.lanes(p.dtype), TYPES[p.dtype]
+        many, depth = _entries(n), _entries(k)
+        step = self._panel(max((x[0] for x in m), default=1), -(-many // lanes)) * lanes
+        room = -(-many // lanes) * lanes  # filled up with zeros
+        widths = [(at, min(step, room - at)) for at in range(0, room, step)]
 
         def lay(whole: torch.Tensor) -> torch.Tensor:
-            whole = whole.reshape(-1, depth, many)
-            room = widths[-1][0] + widths[-1][1]
-            whole = torch.nn.functional.pad(whole, (0, room - many))
+            whole = torch.nn.functional.pad(whole.reshape(-1, depth, many), (0, room - many))
             return torch.cat([whole[:, :, at : at + width].flatten(1) for at, width in widths], 1)
 
-        held = self._stored(p.w, [*wb, *wk, *wn], f"panels {widths}", lay)
-        n_out = merged([(s, (t[1],)) for s, t in n])
-        beside = len(n_out) == 1 and n_out[0][1][0] == 1 or many == 1
+        axes = [*((s, (t[1],)) for s, t in b), *((s, (t[1],)) for s, t in k), *((s, (t[0],)) for s, t in n)]
+        held = self._stored(p.w, axes, f"panels {widths}", lay)
         lines = self._head(p.dtype)
-        pad, loops, a_at, o_at = self._open(lines, b, m, out_last=True)
-        w_at = [(v, x) for v, x in zip(loops["b"], _row_strides([s for s, _ in b], depth * sum(w for _, w in widths)), strict=True)]
-        for at, width in widths:
-            lines.append(f"{pad}{{ /* columns {at} to {min(at + width, many) - 1} */")
-            lines.append(f"{pad}  const {TYPES[p.dtype]} *restrict panel = w + {_index([*w_at, ('1', depth * at)])};")
-            self._blocks(lines, pad + "  ", p.dtype, loops, k, width, [width], min(width, many - at), a_at, o_at, at, n_out, beside)
-            lines.append(f"{pad}}}")
-        lines += self._close(pad)
+        body = _Body(lines, p.dtype, lanes, k, _row_strides([x[0] for x in k], 1), merged([(s, (t[1],)) for s, t in n]))
+        body.open(b, m)
+        strides = _row_strides([x[0] for x in b], depth * room)
+        w_at = [(f"b{i}", stride) for i, stride in enumerate(strides)]
+        for first, width, times in _alike_panels(widths, many if body.even else 0, many):
+            column = self._columns(body, first, width, times)
+            place = _index([*w_at, (column, depth) if times > 1 else (str(depth * first), 1)])
+            body.line(f"  const {kind} *restrict panel = w + {place};")
+            self._blocks(body, width, min(width, many - first), column, width)
+            body.line("}")
+        body.close()
         return lines, self._arguments(p, out, held.name)
 
-    def _rows(self, p: Product, out: View, b: list[Axis], m: list[Axis], n: list[Axis], k: list[Axis]) -> tuple[list[str], list[str]]:
+    def _rows(
+        self, p: Product, out: View, b: list[Axis], m: list[Axis], n: list[Axis], k: list[Axis]
+    ) -> tuple[list[str], list[str]]:
         """A second operand that is computed, with its last `n` side by side."""
-        lanes = self.target.lanes(p.dtype)
-        lines = self._head(p.dtype)
+        lanes, kind = self.target.lanes(p.dtype), TYPES[p.dtype]
         *above, (many, (_, out_stride)) = n
-        pad, loops, a_at, o_at = self._open(lines, b, [*m], out_last=True)
-        w_at = [(v, t[1]) for v, (_, t) in zip(loops["b"], b, strict=True)]
+        lines = self._head(p.dtype)
+        body = _Body(lines, p.dtype, lanes, k, [t[1] for _, t in k], [(many, (out_stride,))])
+        body.open(b, m)
+        w_at = [(f"b{i}", t[1]) for i, (_, t) in enumerate(b)]
         for i, (size, (ws, os)) in enumerate(above):
-            lines.append(f"{pad}for (int n{i} = 0; n{i} < {size}; n{i}++)")
+            body.line(f"for (int n{i} = 0; n{i} < {size}; n{i}++) {{")
             w_at.append((f"n{i}", ws))
-            o_at.append((f"n{i}", os))
-        lines.append(f"{pad}{{")
-        step, at = self._panel(max((x[0] for x in m), default=1), many // lanes) * lanes, 0
-        while at < many:
-            width = min(step, (many - at) // lanes * lanes)
-            if width == 0:
-                lines += self._tail(pad + "  ", p.dtype, loops, k, at, many, a_at, o_at, w_at, out_stride)
-                break
-            lines.append(f"{pad}  {{ /* columns {at} to {at + width - 1} */")
-            lines.append(f"{pad}    const {TYPES[p.dtype]} *restrict panel = w + {_index([*w_at, ('1', at)])};")
-            self._blocks(lines, pad + "    ", p.dtype, loops, k, width, [t[1] for _, t in k], width, a_at, o_at, at, [(many, (out_stride,))], out_stride == 1)
-            lines.append(f"{pad}  }}")
-            at += width
-        lines.append(f"{pad}}}")
-        lines += self._close(pad)
-        return lines, self._arguments(p, out, p.w.buffer.name, p.w.offset)  # type: ignore[union-attr]
+            body.o_at.append((f"n{i}", os))
+        step, room = self._panel(max((x[0] for x in m), default=1), many // lanes) * lanes, many // lanes * lanes
+        widths = [(at, min(step, room - at)) for at in range(0, room, step)]
+        for first, width, times in _alike_panels(widths, many, many):
+            column = self._columns(body, first, width, times)
+            body.line(f"  const {kind} *restrict panel = w + {_index([*w_at, (column, 1)])};")
+            self._blocks(body, width, width, column, 1)
+            body.line("}")
+        if room < many:
+            body.tail(room, many, w_at, out_stride)
+        for _ in above:
+            body.line("}")
+        body.close()
+        assert p.w.buffer is not None
+        return lines, self._arguments(p, out, p.w.buffer.name, p.w.offset)
+
+    def _columns(self, body: _Body, first: int, width: int, times: int) -> str:
+        """Panels one after the other; the first column of each."""
+        if times == 1:
+            body.line(f"{{ /* columns {first} to {first + width - 1} */")
+            return str(first)
+        body.line(f"for (int c = {first}; c < {first + width * times}; c += {width}) {{")
+        return "c"
 
     def _panel(self, rows: int, vectors: int) -> int:
         """Vectors of a panel: so that a block of rows of them fits into registers."""
@@ -236,28 +245,6 @@ class Kernels:
         widest = 8 if self.target.registers >= 32 else 4
         fits = next(x for x in (8, 4, 3, 2, 1) if x <= widest and (x * min(rows, 8) <= most or x == (4 if most == 24 else 2)))
         return max(1, min(fits, vectors))
-
-    def _open(self, lines: list[str], b: list[Axis], m: list[Axis], out_last: bool) -> tuple[str, dict[str, list[str]], list[tuple[str, int]], list[tuple[str, int]]]:
-        """Loops over `b` and all of `m` but the longest; addresses in them."""
-        pad, a_at, o_at = "  ", [], []
-        loops: dict[str, list[str]] = {"b": []}
-        for i, (size, strides) in enumerate(b):
-            lines.append(f"{pad}for (int b{i} = 0; b{i} < {size}; b{i}++)")
-            loops["b"].append(f"b{i}")
-            a_at.append((f"b{i}", strides[0]))
-            o_at.append((f"b{i}", strides[2]))
-        longest = max(range(len(m)), key=lambda i: m[i][0]) if m else None
-        for i, (size, strides) in enumerate(m):
-            if i != longest:
-                lines.append(f"{pad}for (int m{i} = 0; m{i} < {size}; m{i}++)")
-                a_at.append((f"m{i}", strides[0]))
-                o_at.append((f"m{i}", strides[1]))
-        lines.append(f"{pad}{{")
-        self.row = (1, (0, 0)) if longest is None else m[longest]
-        return pad + "  ", loops, a_at, o_at
-
-    def _close(self, pad: str) -> list[str]:
-        return [pad[:-2] + "}", "}"]
 
     def _head(self, dtype: torch.dtype) -> list[str]:
         kind = TYPES[dtype]
@@ -269,98 +256,22 @@ class Kernels:
 
         return [place(p.a.buffer.name, p.a.offset), place(w, offset), place(out.buffer.name, out.offset)]  # type: ignore[union-attr]
 
-    def _blocks(
-        self, lines: list[str], pad: str, dtype: torch.dtype, loops: dict[str, list[str]], k: list[Axis], width: int,
-        w_strides: list[int], wide: int, a_at: list[tuple[str, int]], o_at: list[tuple[str, int]], column: int,
-        n_out: list[Axis], beside: bool,
-    ) -> None:  # fmt: skip
-        """Rows of a panel, some at a time."""
-        lanes = self.target.lanes(dtype)
-        vectors = width // lanes
+    def _blocks(self, body: _Body, width: int, wide: int, column: str, w_row: int) -> None:
+        """The rows of a panel, some at a time: their sums are in registers."""
+        vectors = width // body.lanes
         most = 24 if self.target.registers >= 32 else 12
-        size, (a_row, o_row) = self.row
+        size = body.row[0]
         block = min(size, max(1, most // vectors), 8)
         block = -(-size // -(-size // block))  # as even as can be
         full, rest = divmod(size, block)
         if full > 1:
-            lines.append(f"{pad}for (int m = 0; m < {full * block}; m += {block})")
+            body.line(f"  for (int m = 0; m < {full * block}; m += {block})")
         if full:
-            place = "m" if full > 1 else "0"
-            self._block(lines, pad, dtype, k, vectors, block, w_strides, width, wide, [*a_at, (place, a_row)], [*o_at, (place, o_row)], a_row, o_row, column, n_out, beside)
+            body.block("m" if full > 1 else "0", block, vectors, wide, column, w_row)
         if rest:
-            more = str(full * block)
-            self._block(lines, pad, dtype, k, vectors, rest, w_strides, width, wide, [*a_at, (more, a_row)], [*o_at, (more, o_row)], a_row, o_row, column, n_out, beside)
+            body.block(str(full * block), rest, vectors, wide, column, w_row)
 
-    def _block(
-        self, lines: list[str], pad: str, dtype: torch.dtype, k: list[Axis], vectors: int, rows: int, w_strides: list[int],
-        width: int, wide: int, a_at: list[tuple[str, int]], o_at: list[tuple[str, int]], a_row: int, o_row: int,
-        column: int, n_out: list[Axis], beside: bool,
-    ) -> None:  # fmt: skip
-        """Some rows of a panel: their sums are in registers."""
-        lanes, kind = self.target.lanes(dtype), TYPES[dtype]
-        vector = f"{kind}{lanes}"
-        packed = len(w_strides) != len(k) or w_strides == [width]
-        strides = _row_strides([s for s, _ in k], width) if packed else w_strides
-        copies = 2 if rows * vectors <= 4 and k and k[-1][0] % 2 == 0 else 1  # enough sums to hide what one takes
-        lines.append(f"{pad}{{")
-        inner = pad + "  "
-        names = [[[f"s{r}_{v}{'ab'[c] if copies > 1 else ''}" for c in range(copies)] for v in range(vectors)] for r in range(rows)]
-        for r in range(rows):
-            lines.append(f"{inner}{vector} " + ", ".join(f"{x} = {{0}}" for v in names[r] for x in v) + ";")
-        lines.append(f"{inner}const {kind} *restrict x = a + {_index(a_at)};")
-        deep = inner
-        for i, (size, _) in enumerate(k):
-            step = copies if i == len(k) - 1 else 1
-            lines.append(f"{deep}for (int k{i} = 0; k{i} < {size}; k{i} += {step})")
-            deep += "  "
-        lines.append(f"{deep}{{")
-        for c in range(copies):
-            a_k = [(f"k{i}", t[0]) for i, (_, t) in enumerate(k)]
-            w_k = [(f"k{i}", s) for i, s in enumerate(strides)] if k else []
-            if c:
-                a_k.append((str(k[-1][1][0]), 1)), w_k.append((str(strides[-1]), 1))
-            lines.append(f"{deep}  const {kind} *restrict y{c} = panel + {_index(w_k)};")
-            for r in range(rows):
-                at = _index([*a_k, (str(r * a_row), 1)] if r else a_k)
-                lines.append(f"{deep}  const {kind} x{r}_{c} = x[{at}];")
-            for v in range(vectors):
-                lines.append(f"{deep}  const {vector} w{v}_{c} = *(const {vector} *)(y{c} + {v * lanes});")
-            for r in range(rows):
-                lines += [f"{deep}  {names[r][v][c]} += x{r}_{c} * w{v}_{c};" for v in range(vectors)]
-        lines.append(f"{deep}}}")
-        for r in range(rows):
-            for v in range(vectors):
-                first, count = v * lanes, min(lanes, wide - v * lanes)
-                if count <= 0:
-                    continue
-                total = " + ".join(names[r][v])
-                base = [*o_at, (str(r * o_row), 1)] if r else list(o_at)
-                if beside:
-                    place = f"out + {_index([*base, (str(column + first), 1)])}"
-                    if count == lanes:
-                        lines.append(f"{inner}*({vector} *)({place}) = {total};")
-                    else:
-                        lines.append(f"{inner}{{ {vector} t = {total}; memcpy({place}, &t, {count} * sizeof({kind})); }}")
-                else:
-                    lines.append(f"{inner}{{ {vector} t = {total};")
-                    for j in range(count):
-                        at = _place(column + first + j, n_out)
-                        lines.append(f"{inner}  out[{_index([*base, (str(at), 1)] if at else base)}] = t[{j}];")
-                    lines.append(f"{inner}}}")
-        lines.append(f"{pad}}}")
-
-    def _tail(self, pad: str, dtype: torch.dtype, loops: dict[str, list[str]], k: list[Axis], at: int, many: int, a_at: list[tuple[str, int]], o_at: list[tuple[str, int]], w_at: list[tuple[str, int]], out_stride: int) -> list[str]:
-        """The last columns, one by one."""
-        size, (a_row, o_row) = self.row
-        kind = TYPES[dtype]
-        lines = [f"{pad}for (int m = 0; m < {size}; m++)", f"{pad}for (int n = {at}; n < {many}; n++) {{", f"{pad}  {kind} sum = 0;"]
-        lines += [f"{pad}  for (int k{i} = 0; k{i} < {s}; k{i}++)" for i, (s, _) in enumerate(k)]
-        a = _index([*a_at, ("m", a_row), *((f"k{i}", t[0]) for i, (_, t) in enumerate(k))])
-        w = _index([*w_at, ("n", 1), *((f"k{i}", t[1]) for i, (_, t) in enumerate(k))])
-        lines.append(f"{pad}    sum += a[{a}] * w[{w}];")
-        return [*lines, f"{pad}  out[{_index([*o_at, ('m', o_row), ('n', out_stride)])}] = sum;", f"{pad}}}"]
-
-    def _across(self, p: Product, out: View, b: list[Axis], m: list[Axis], n: list[Axis], k: list[Axis], tensor: torch.Tensor) -> tuple[list[str], list[str]]:
+    def _across(self, p: Product, out: View, b: list[Axis], m: list[Axis], n: list[Axis], k: list[Axis]) -> tuple[list[str], list[str]]:
         """A constant second operand with many `b`, which lie innermost: stored as ``[b...][n][k][last b]``."""
         kind, lanes = TYPES[p.dtype], self.target.lanes(p.dtype)
         b = merged(sorted(b, key=lambda x: -abs(x[1][0])))
@@ -430,9 +341,160 @@ class Kernels:
         return lines, self._arguments(p, out, p.w.buffer.name, p.w.offset)  # type: ignore[union-attr]
 
 
-def _widths(many: int, step: int, lanes: int) -> list[tuple[int, int]]:
-    """Where panels begin, and how wide they are: whole vectors."""
-    return [(at, min(step, -(-(many - at) // lanes) * lanes)) for at in range(0, many, step)]
+def _entries(axes: Sequence[Axis]) -> int:
+    return prod(x[0] for x in axes)
+
+
+def _alike_panels(widths: Sequence[tuple[int, int]], loop: int, many: int) -> list[tuple[int, int, int]]:
+    """Panels as ``(first column, width, how many such follow each other)``; one by one unless they may be a `loop`."""
+    found: list[tuple[int, int, int]] = []
+    for at, width in widths:
+        if found and loop and found[-1][1] == width and at + width <= many:
+            found[-1] = found[-1][0], width, found[-1][2] + 1
+        else:
+            found.append((at, width, 1))
+    return found
+
+
+class _Body:
+    """A function's loops over rows and columns of the result, whose sums are in registers.
+
+    Attributes:
+        lines: of the function.
+        lanes: numbers in a vector.
+        row: the longest axis of `m`, which is cut into blocks of rows.
+        even: the columns of the result have one stride.
+    """
+
+    def __init__(
+        self, lines: list[str], dtype: torch.dtype, lanes: int, k: list[Axis], w_strides: list[int], columns: list[Axis]
+    ) -> None:
+        """
+        Args:
+            lines: so far.
+            dtype: of all operands.
+            lanes: numbers in a vector.
+            k: what is summed over.
+            w_strides: of the second operand along it.
+            columns: the columns of the result, with their strides there.
+        """
+        self.lines, self.kind, self.lanes = lines, TYPES[dtype], lanes
+        self.vector = f"{self.kind}{lanes}"
+        self.k, self.w_strides, self.columns = k, w_strides, columns
+        self.even = len(columns) <= 1
+        self.pad = "  "
+        self.a_at: list[tuple[str, int]] = []
+        self.o_at: list[tuple[str, int]] = []
+        self.row: Axis = (1, (0, 0))
+
+    def line(self, text: str) -> None:
+        """One more."""
+        self.lines.append(self.pad + text)
+
+    def open(self, b: list[Axis], m: list[Axis]) -> None:
+        """Loops over `b` and all of `m` but the longest."""
+        for i, (size, strides) in enumerate(b):
+            self.line(f"for (int b{i} = 0; b{i} < {size}; b{i}++)")
+            self.a_at.append((f"b{i}", strides[0]))
+            self.o_at.append((f"b{i}", strides[2]))
+        longest = max(range(len(m)), key=lambda i: m[i][0]) if m else None
+        for i, (size, strides) in enumerate(m):
+            if i == longest:
+                self.row = m[i]
+            else:
+                self.line(f"for (int m{i} = 0; m{i} < {size}; m{i}++)")
+                self.a_at.append((f"m{i}", strides[0]))
+                self.o_at.append((f"m{i}", strides[1]))
+        self.line("{")
+        self.pad += "  "
+
+    def close(self) -> None:
+        """The end of the function."""
+        self.pad = "  "
+        self.line("}")
+        self.lines.append("}")
+
+    def block(self, first: str, rows: int, vectors: int, wide: int, column: str, w_row: int) -> None:
+        """Some rows of a panel.
+
+        Args:
+            first: the first row.
+            rows: how many.
+            vectors: of a row.
+            wide: columns that are there.
+            column: the first.
+            w_row: the stride of the innermost entries of a panel's rows: its width, if it is packed.
+        """
+        k, kind, vector = self.k, self.kind, self.vector
+        a_row, o_row = self.row[1]
+        strides = [s * w_row for s in self.w_strides]
+        copies = 2 if rows * vectors <= 4 and k and k[-1][0] % 2 == 0 else 1  # enough sums to hide what one takes
+        self.line("  {")
+        outer, self.pad = self.pad, self.pad + "    "
+        sums = [[[f"s{r}_{v}{'ab'[c] if copies > 1 else ''}" for c in range(copies)] for v in range(vectors)] for r in range(rows)]
+        for r in range(rows):
+            self.line(f"{vector} " + ", ".join(f"{x} = {{0}}" for v in sums[r] for x in v) + ";")
+        self.line(f"const {kind} *restrict x = a + {_index([*self.a_at, (first, a_row)])};")
+        for i, (size, _) in enumerate(k):
+            step = copies if i == len(k) - 1 else 1
+            self.line("  " * i + f"for (int k{i} = 0; k{i} < {size}; k{i} += {step})")
+        self.pad += "  " * len(k)
+        self.line("{")
+        a_k = [(f"k{i}", t[0]) for i, (_, t) in enumerate(k)]
+        w_k = [(f"k{i}", s) for i, s in enumerate(strides)]
+        for c in range(copies):
+            more_a, more_w = ([(str(k[-1][1][0]), 1)], [(str(strides[-1]), 1)]) if c else ([], [])
+            self.line(f"  const {kind} *restrict y{c} = panel + {_index([*w_k, *more_w])};")
+            for r in range(rows):
+                self.line(f"  const {kind} x{r}_{c} = x[{_index([*a_k, *more_a, (str(r * a_row), 1)])}];")
+            for v in range(vectors):
+                self.line(f"  const {vector} w{v}_{c} = *(const {vector} *)(y{c} + {v * self.lanes});")
+            for r in range(rows):
+                for v in range(vectors):
+                    self.line(f"  {sums[r][v][c]} += x{r}_{c} * w{v}_{c};")
+        self.line("}")
+        self.pad = outer + "    "
+        for r in range(rows):
+            for v in range(vectors):
+                self._store(" + ".join(sums[r][v]), [*self.o_at, (first, o_row), (str(r * o_row), 1)], column, v, wide)
+        self.pad = outer
+        self.line("  }")
+
+    def _store(self, total: str, base: list[tuple[str, int]], column: str, v: int, wide: int) -> None:
+        """A vector of the result."""
+        first, count = v * self.lanes, min(self.lanes, wide - v * self.lanes)
+        if count <= 0:
+            return
+        stride = self.columns[0][1][0] if self.columns else 1
+        if self.even and stride == 1:
+            place = f"out + {_index([*base, (column, 1), (str(first), 1)])}"
+            if count == self.lanes:
+                self.line(f"*({self.vector} *)({place}) = {total};")
+            else:
+                self.line(f"{{ {self.vector} t = {total}; memcpy({place}, &t, {count} * sizeof({self.kind})); }}")
+            return
+        self.line(f"{{ {self.vector} t = {total};")
+        for j in range(count):
+            if self.even:
+                at = _index([*base, (column, stride), (str((first + j) * stride), 1)])
+            else:
+                at = _index([*base, (str(_place(int(column) + first + j, self.columns)), 1)])
+            self.line(f"  out[{at}] = t[{j}];")
+        self.line("}")
+
+    def tail(self, first: int, many: int, w_at: list[tuple[str, int]], out_stride: int) -> None:
+        """The last columns, one by one."""
+        size, (a_row, o_row) = self.row
+        self.line(f"for (int m = 0; m < {size}; m++)")
+        self.line(f"for (int n = {first}; n < {many}; n++) {{")
+        self.line(f"  {self.kind} sum = 0;")
+        for i, (s, _) in enumerate(self.k):
+            self.line(f"  for (int k{i} = 0; k{i} < {s}; k{i}++)")
+        a = _index([*self.a_at, ("m", a_row), *((f"k{i}", t[0]) for i, (_, t) in enumerate(self.k))])
+        w = _index([*w_at, ("n", 1), *((f"k{i}", s) for i, s in enumerate(self.w_strides))])
+        self.line(f"    sum += a[{a}] * w[{w}];")
+        self.line(f"  out[{_index([*self.o_at, ('m', o_row), ('n', out_stride)])}] = sum;")
+        self.line("}")
 
 
 def _gathered(view: View, axes: Sequence[Axis]) -> torch.Tensor:
