@@ -106,8 +106,11 @@ class MidStream:
         accepted, spec = self._accepted, self.compiled.spec
         if accepted is None or accepted[0] != batch or len(frames) != len(accepted[1]):
             return False
+        device, cpu = spec.device, spec.device.type == "cpu"
         for x, shape, dtype in zip(frames, accepted[1], spec.dtypes, strict=False):
-            if not isinstance(x, torch.Tensor) or x.shape != shape or x.dtype is not dtype or x.device != spec.device:
+            if not isinstance(x, torch.Tensor) or x.shape != shape or x.dtype is not dtype:
+                return False
+            if not (x.is_cpu if cpu else x.device == device):
                 return False
         return True
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import prod
 from typing import Any
@@ -19,7 +19,7 @@ from .expressions import Call, Expression, Load, Number, Value, factors_of
 from .operators import COMPARISONS, FLOATS, LOGICAL, TYPES, base_name, operator_text
 from .products import Kernels, Product
 from .statements import Arg, Copy, Reduce, Scan, Store
-from .views import Buffer, Change, Dim, NoView, View, contiguous, one, size_of
+from .views import Buffer, Change, Dim, NoView, View, contiguous, one
 
 aten = torch.ops.aten
 
@@ -858,43 +858,54 @@ def _adaptive(b: Builder, node: fx.Node, given: dict[str, Any]) -> Any:
 # -- entries by index --------------------------------------------------------------------------------------------------------
 
 
-def _taken(b: Builder, x: Value, dim: int, index: Value, name: str) -> Value:
-    """Entries of a dimension, whose place is taken by those of the index."""
+def _taken(b: Builder, x: Value, indices: Mapping[int, Value], name: str) -> Value:
+    """``x[:, i, j]``: entries at places that are computed; `indices` of some dimensions, which broadcast together."""
     source = b.lying(x, name)
-    if len(source.dims[dim]) > 1:
+    if any(len(source.dims[d]) > 1 for d in indices):
         source = b.put(Value(x.shape, Load(source, x.dtype)), name, range(len(x.shape)))
-    size, stride = source.dims[dim][0] if source.dims[dim] else (1, 0)
-    rank = len(index.shape)
-    shape = (*x.shape[:dim], *index.shape, *x.shape[dim + 1 :])
-    spread = index
-    for _ in range(len(x.shape) - dim - 1):
-        spread = Value((*spread.shape, 1), spread.expression.through(views.insert(len(spread.shape))))
-    spread = b.spread(spread, shape)
-    wrapped = Call(f"{{0}} < 0 ? {{0}} + {size} : {{0}}", (spread.expression,), torch.int64, torch.int64)
-    dims: list[Dim] = [*source.dims[:dim], *(one(n, 0) for n in index.shape), *source.dims[dim + 1 :]]
-    assert rank == len(index.shape)
-    return Value(shape, Load(View(source.buffer, source.offset, tuple(dims), ((wrapped, stride),)), x.dtype))
+    told = sorted(indices)
+    beside = told[-1] - told[0] == len(told) - 1
+    first = told[0] if beside else 0
+    common = torch.broadcast_shapes(*(i.shape for i in indices.values()))
+    rest = [d for d in range(len(x.shape)) if d not in indices]
+    before, behind = rest[:first], rest[first:]
+    shape = (*(x.shape[d] for d in before), *common, *(x.shape[d] for d in behind))
+    terms = []
+    for d, index in indices.items():
+        size, stride = source.dims[d][0] if source.dims[d] else (1, 0)
+        index = b.spread(index, common)
+        for _ in behind:
+            index = Value((*index.shape, 1), index.expression.through(views.insert(len(index.shape))))
+        index = b.spread(index, shape)
+        wrapped = Call(f"{{0}} < 0 ? {{0}} + {size} : {{0}}", (index.expression,), torch.int64, torch.int64)
+        terms.append((wrapped, stride))
+    dims = [*(source.dims[d] for d in before), *(one(n, 0) for n in common), *(source.dims[d] for d in behind)]
+    return Value(shape, Load(View(source.buffer, source.offset, tuple(dims), tuple(terms)), x.dtype))
+
+
+def _integers(b: Builder, index: Value, node: fx.Node) -> Value:
+    """An index; it is computed before, where that takes work."""
+    if index.dtype not in (torch.int64, torch.int32):
+        raise NoForm(str(node.target), f"with indices of {index.dtype}")
+    index = _as(b, index, torch.int64, node.name)
+    return index if index.simple else Value(index.shape, Load(b.put(index, node.name), index.dtype))
 
 
 @form(aten.index_select.default)
 def _index_select(b: Builder, node: fx.Node, given: dict[str, Any]) -> Value:
-    x, index = b.of(given["self"]), _as(b, b.of(given["index"]), torch.int64, node.name)
-    return _taken(b, x, _dim(given["dim"], len(x.shape)), index, node.name)
+    x = b.of(given["self"])
+    return _taken(b, x, {_dim(given["dim"], len(x.shape)): _integers(b, b.of(given["index"]), node)}, node.name)
 
 
 @form(aten.embedding.default)
 def _embedding(b: Builder, node: fx.Node, given: dict[str, Any]) -> Value:
-    return _taken(b, b.of(given["weight"]), 0, _as(b, b.of(given["indices"]), torch.int64, node.name), node.name)
+    return _taken(b, b.of(given["weight"]), {0: _integers(b, b.of(given["indices"]), node)}, node.name)
 
 
-@form(aten.index.Tensor)
+@form(aten.index.Tensor, aten._unsafe_index.Tensor)
 def _index(b: Builder, node: fx.Node, given: dict[str, Any]) -> Value:
-    x, indices = b.of(given["self"]), given["indices"]
-    told = [i for i, n in enumerate(indices) if n is not None]
-    values = [b.of(indices[i]) for i in told]
-    if len(told) == 1 and values[0].dtype in (torch.int64, torch.int32):
-        return _taken(b, x, told[0], _as(b, values[0], torch.int64, node.name), node.name)
-    raise NoForm(str(node.target), "with such indices")
+    told = {i: _integers(b, b.of(n), node) for i, n in enumerate(given["indices"]) if n is not None}
+    return _taken(b, b.of(given["self"]), told, node.name)
 
 
 @form(aten.slice_scatter.default, aten.select_scatter.default)
