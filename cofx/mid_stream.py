@@ -37,6 +37,7 @@ class MidStream:
         self._chosen: dict[Shapes, str] = {}  # the backend for frames of these shapes
         self._homes: dict[tuple[str, Shapes], Residence] = {}
         self._accepted: tuple[int | None, Shapes] | None = None
+        self._cpu = compiled.spec.device.type == "cpu"
         self._home: Residence | None = None  # where the state is for frames of the accepted shapes, if anywhere
         self._period = plan.schedule.period
         self._single = plan.out_spec.is_leaf()
@@ -106,11 +107,11 @@ class MidStream:
         accepted, spec = self._accepted, self.compiled.spec
         if accepted is None or accepted[0] != batch or len(frames) != len(accepted[1]):
             return False
-        device, cpu = spec.device, spec.device.type == "cpu"
+        cpu = self._cpu
         for x, shape, dtype in zip(frames, accepted[1], spec.dtypes, strict=False):
             if not isinstance(x, torch.Tensor) or x.shape != shape or x.dtype is not dtype:
                 return False
-            if not (x.is_cpu if cpu else x.device == device):
+            if not (x.is_cpu if cpu else x.device == spec.device):
                 return False
         return True
 

@@ -168,7 +168,9 @@ class SessionResidence:
         outputs = [None if r is None else self.outputs[phase, r.number][0].clone() for r in program.results]
         return outputs, after
 
-    def _way(self, session: ort.InferenceSession, phase: int, at: tuple[int, ...]) -> tuple[ort.IOBinding, tuple[int, ...]]:
+    def _way(
+        self, session: ort.InferenceSession, phase: int, at: tuple[int, ...]
+    ) -> tuple[ort.IOBinding, tuple[int, ...]]:
         """The binding for parts that lie like this, and where they lie after it."""
         program = self.programs[phase]
         after = self._after(program, at)

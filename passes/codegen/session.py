@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     import onnx_ir as ir
     import onnxruntime as ort
 
-    from ...runtime.resident_session import SessionProgram, SessionResidence
+    from ...runtime.resident_session import SessionResidence
     from ..pipeline import Plan
 
 

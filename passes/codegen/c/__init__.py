@@ -13,8 +13,8 @@ import torch
 from ....runtime.native import NativeResidence
 from ....runtime.program import Program
 from ...errors import user_frame
+from .builder import NativeError, NoForm
 from .compiler import compile_shared, native_target
-from .program import NativeError, NoForm
 from .step import step_source
 
 if TYPE_CHECKING:

@@ -59,7 +59,9 @@ def _lstm_layer(
     return torch.stack(made[::-1] if reverse else made), h[None], c[None], x.new_empty(0)
 
 
-def _rrelu(x: torch.Tensor, noise: torch.Tensor, low: float = 1 / 8, high: float = 1 / 3, *training: Any) -> torch.Tensor:
+def _rrelu(
+    x: torch.Tensor, noise: torch.Tensor, low: float = 1 / 8, high: float = 1 / 3, *training: Any
+) -> torch.Tensor:
     return aten.leaky_relu.default(x, (low + high) / 2)  # type: ignore[no-any-return]
 
 
@@ -67,7 +69,7 @@ _WHOLE |= {aten.pad.default: _pad, **{op: decomposition_table[op] for op in LAYE
 
 
 def _table() -> dict[Any, Callable[..., Any]]:
-    table = {op: f for op, f in core_aten_decompositions().items() if op not in _OWN}
+    table = {op: f for op, f in dict(core_aten_decompositions()).items() if op not in _OWN}
     further = (op for op in _FURTHER if op in decomposition_table)
     further_table = {op: decomposition_table[op] for op in further}
     own = {aten.mkldnn_rnn_layer.default: _lstm_layer, aten.rrelu_with_noise.default: _rrelu}

@@ -81,9 +81,6 @@ def literal(value: float | int | bool, dtype: torch.dtype) -> str:
     return f"INT64_C({number})" if abs(number) >= 1 << 31 else str(number)
 
 
-# -- ops that are written in others -------------------------------------------------------------------------------------
-
-
 def base_name(target: Any) -> tuple[str, str]:
     """An overload's op and its own name: ``("add", "Tensor")``."""
     parts = str(target).split(".")

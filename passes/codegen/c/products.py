@@ -1,4 +1,4 @@
-"""Sums of products in C: matrix products and convolutions, all as ``out[b, m, n] = start[n] + sum_k a[b, m, k] * w[b, k, n]``.
+"""Sums of products in C, matrix products and convolutions: ``out[b, m, n] = sum over k of a[b, m, k] * w[b, k, n]``.
 
 Each of `b`, `m`, `n` and `k` may be several dimensions. What lies innermost in vectors is
 
@@ -124,7 +124,9 @@ class Kernels:
         lanes = self.target.lanes(p.dtype)
         tensor = None if p.w.buffer is None else p.w.buffer.tensor
         floats = p.dtype in FLOATS
-        across = floats and tensor is not None and sizes[0] >= lanes and sizes[2] < lanes and bool(b) and b[-1][0] >= lanes
+        across = (
+            floats and tensor is not None and sizes[0] >= lanes and sizes[2] < lanes and bool(b) and b[-1][0] >= lanes
+        )
         if across:
             body, arguments = self._across(p, out, b, m, n, k)
         elif floats and tensor is not None and sizes[2] >= 2:
@@ -133,10 +135,13 @@ class Kernels:
             body, arguments = self._rows(p, out, merged(b), merged(m), merged(n), k)
         else:
             body, arguments = self._plain(p, out, merged(b), merged(m), merged(n), k)
-        return [f"/* {p.name}: {sizes[1]} x {sizes[3]} times {sizes[3]} x {sizes[2]}{f', {sizes[0]} times' if sizes[0] > 1 else ''} */",
-                f"{self._function(p.dtype, sizes, body)}({', '.join(arguments)});"]  # fmt: skip
+        times = f", {sizes[0]} times" if sizes[0] > 1 else ""
+        return [
+            f"/* {p.name}: {sizes[1]} x {sizes[3]} times {sizes[3]} x {sizes[2]}{times} */",
+            f"{self._function(sizes, body)}({', '.join(arguments)});",
+        ]
 
-    def _function(self, dtype: torch.dtype, sizes: Sequence[int], body: Sequence[str]) -> str:
+    def _function(self, sizes: Sequence[int], body: Sequence[str]) -> str:
         text = "\n".join(body)
         if text not in self.functions:
             b, m, n, k = sizes
@@ -243,7 +248,9 @@ class Kernels:
         """Vectors of a panel: so that a block of rows of them fits into registers."""
         most = 24 if self.target.registers >= 32 else 12
         widest = 8 if self.target.registers >= 32 else 4
-        fits = next(x for x in (8, 4, 3, 2, 1) if x <= widest and (x * min(rows, 8) <= most or x == (4 if most == 24 else 2)))
+        fits = next(
+            x for x in (8, 4, 3, 2, 1) if x <= widest and (x * min(rows, 8) <= most or x == (4 if most == 24 else 2))
+        )
         return max(1, min(fits, vectors))
 
     def _head(self, dtype: torch.dtype) -> list[str]:
@@ -271,12 +278,19 @@ class Kernels:
         if rest:
             body.block(str(full * block), rest, vectors, wide, column, w_row)
 
-    def _across(self, p: Product, out: View, b: list[Axis], m: list[Axis], n: list[Axis], k: list[Axis]) -> tuple[list[str], list[str]]:
+    def _across(
+        self, p: Product, out: View, b: list[Axis], m: list[Axis], n: list[Axis], k: list[Axis]
+    ) -> tuple[list[str], list[str]]:
         """A constant second operand with many `b`, which lie innermost: stored as ``[b...][n][k][last b]``."""
         kind, lanes = TYPES[p.dtype], self.target.lanes(p.dtype)
         b = merged(sorted(b, key=lambda x: -abs(x[1][0])))
         *above, (many, (a_b, _, o_b)) = b
-        order = [*((s, (t[1],)) for s, t in above), *((s, (t[0],)) for s, t in n), *((s, (t[1],)) for s, t in k), (many, (b[-1][1][1],))]
+        order = [
+            *((s, (t[1],)) for s, t in above),
+            *((s, (t[0],)) for s, t in n),
+            *((s, (t[1],)) for s, t in k),
+            (many, (b[-1][1][1],)),
+        ]
         held = self._stored(p.w, order, "as it is", lambda whole: whole)
         w_strides = _row_strides([x[0] for x in order], 1)
         lines, at = self._head(p.dtype), 0
@@ -288,7 +302,9 @@ class Kernels:
         def loop(name: str, size: int, a: int, w: int, o: int) -> None:
             nonlocal pad
             lines.append(f"{pad}for (int {name} = 0; {name} < {size}; {name}++)")
-            a_at.append((name, a)), w_at.append((name, w)), o_at.append((name, o))
+            a_at.append((name, a))
+            w_at.append((name, w))
+            o_at.append((name, o))
 
         for i, (size, strides) in enumerate(above):
             loop(f"b{i}", size, strides[0], w_strides[at], strides[2])
@@ -308,22 +324,30 @@ class Kernels:
             lines.append(f"{pad}  for (int c = 0; c < {full}; c += {lanes}) {{")
             lines.append(f"{pad}    {vector} sum = {{0}};")
             lines += [f"{pad}    {x}" for x in heads]
-            lines.append(f"{pad}      sum += *(const {vector} *)(a + {_index([*a_at, *k_a, ('c', 1)])}) * *(const {vector} *)(w + {_index([*w_at, *k_w, ('c', 1)])});")
+            x, y = _index([*a_at, *k_a, ("c", 1)]), _index([*w_at, *k_w, ("c", 1)])
+            lines.append(f"{pad}      sum += *(const {vector} *)(a + {x}) * *(const {vector} *)(w + {y});")
             lines.append(f"{pad}    *({vector} *)(out + {_index([*o_at, ('c', 1)])}) = sum;")
             lines.append(f"{pad}  }}")
         if full < many:
             lines.append(f"{pad}  for (int c = {full}; c < {many}; c++) {{")
             lines.append(f"{pad}    {kind} sum = 0;")
             lines += [f"{pad}    {x}" for x in heads]
-            lines.append(f"{pad}      sum += a[{_index([*a_at, *k_a, ('c', a_b)])}] * w[{_index([*w_at, *k_w, ('c', 1)])}];")
+            lines.append(
+                f"{pad}      sum += a[{_index([*a_at, *k_a, ('c', a_b)])}] * w[{_index([*w_at, *k_w, ('c', 1)])}];"
+            )
             lines.append(f"{pad}    out[{_index([*o_at, ('c', o_b)])}] = sum;")
             lines.append(f"{pad}  }}")
         return [*lines, f"{pad}}}", "}"], self._arguments(p, out, held.name)
 
-    def _plain(self, p: Product, out: View, b: list[Axis], m: list[Axis], n: list[Axis], k: list[Axis]) -> tuple[list[str], list[str]]:
+    def _plain(
+        self, p: Product, out: View, b: list[Axis], m: list[Axis], n: list[Axis], k: list[Axis]
+    ) -> tuple[list[str], list[str]]:
         """Sum by sum; vectors along `k` where it lies side by side in both."""
         kind = TYPES[p.dtype]
-        lines, a_at, w_at, o_at, pad = self._head(p.dtype), [], [], [], "  "
+        lines, pad = self._head(p.dtype), "  "
+        a_at: list[tuple[str, int]] = []
+        w_at: list[tuple[str, int]] = []
+        o_at: list[tuple[str, int]] = []
         for name, axes, places in (("b", b, (0, 1, 2)), ("m", m, (0, None, 1)), ("n", n, (None, 0, 1))):
             for i, (size, strides) in enumerate(axes):
                 lines.append(f"{pad}for (int {name}{i} = 0; {name}{i} < {size}; {name}{i}++)")
@@ -337,7 +361,12 @@ class Kernels:
             lines.append(f"{pad}  for (int k{i} = 0; k{i} < {size}; k{i}++)")
             a_at.append((f"k{i}", strides[0]))
             w_at.append((f"k{i}", strides[1]))
-        lines += [f"{pad}    sum += a[{_index(a_at)}] * w[{_index(w_at)}];", f"{pad}  out[{_index(o_at)}] = sum;", f"{pad}}}", "}"]
+        lines += [
+            f"{pad}    sum += a[{_index(a_at)}] * w[{_index(w_at)}];",
+            f"{pad}  out[{_index(o_at)}] = sum;",
+            f"{pad}}}",
+            "}",
+        ]
         return lines, self._arguments(p, out, p.w.buffer.name, p.w.offset)  # type: ignore[union-attr]
 
 
@@ -431,7 +460,10 @@ class _Body:
         copies = 2 if rows * vectors <= 4 and k and k[-1][0] % 2 == 0 else 1  # enough sums to hide what one takes
         self.line("  {")
         outer, self.pad = self.pad, self.pad + "    "
-        sums = [[[f"s{r}_{v}{'ab'[c] if copies > 1 else ''}" for c in range(copies)] for v in range(vectors)] for r in range(rows)]
+        sums = [
+            [[f"s{r}_{v}{'ab'[c] if copies > 1 else ''}" for c in range(copies)] for v in range(vectors)]
+            for r in range(rows)
+        ]
         for r in range(rows):
             self.line(f"{vector} " + ", ".join(f"{x} = {{0}}" for v in sums[r] for x in v) + ";")
         self.line(f"const {kind} *restrict x = a + {_index([*self.a_at, (first, a_row)])};")

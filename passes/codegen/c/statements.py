@@ -59,7 +59,9 @@ class Nest:
             self.inner += x.dim in outer
 
     def _strides(self, view: View) -> list[list[int]]:
-        return [split(dim, sizes) if dim else [0] * len(sizes) for dim, sizes in zip(view.dims, self.factors, strict=True)]
+        return [
+            split(dim, sizes) if dim else [0] * len(sizes) for dim, sizes in zip(view.dims, self.factors, strict=True)
+        ]
 
     def address(self, view: View, terms: Sequence[str] = ()) -> str:
         """The index of an entry, in the loops' variables."""
@@ -82,7 +84,10 @@ class Nest:
             return literal(e.value, e.dtype)
         if isinstance(e, Load):
             return self.entry(e.view)
-        given = [self.text(x) if x.dtype == e.within or not e.within else f"({TYPES[e.within]}){self.text(x)}" for x in e.given]
+        given = [
+            self.text(x) if x.dtype == e.within or not e.within else f"({TYPES[e.within]}){self.text(x)}"
+            for x in e.given
+        ]
         return "(" + e.text.format(*given) + ")"
 
     def open(self, stop: int | None = None, start: int = 0) -> list[str]:
@@ -171,7 +176,12 @@ class Reduce:
             shape = tuple(1 if d in self.dims else n for d, n in enumerate(self.value.shape))
             start = Store(Value(shape, Number(begin, dtype)), self._kept(), self.name)
             joined = join.format(nest.entry(self.to), nest.text(e))
-            return [*title, *start.lines()[1:], *nest.open(), "  " * len(nest.loops) + f"{nest.entry(self.to)} = {joined};"]
+            return [
+                *title,
+                *start.lines()[1:],
+                *nest.open(),
+                "  " * len(nest.loops) + f"{nest.entry(self.to)} = {joined};",
+            ]
         nest = Nest(self.value.shape, [self.to, *leaves], dominant, self.dims)
         outer = len(nest.loops) - nest.inner
         pad = "  " * outer
@@ -210,7 +220,11 @@ class Arg:
         """In C."""
         e = self.value.expression
         outs = [v for v in (self.index, self.best) if v is not None]
-        step = View(None, 0, tuple(((n, 1),) if d == self.dim else (((n, 0),) if n > 1 else ()) for d, n in enumerate(self.value.shape)))
+        step = View(
+            None,
+            0,
+            tuple(((n, 1),) if d == self.dim else (((n, 0),) if n > 1 else ()) for d, n in enumerate(self.value.shape)),
+        )
         nest = Nest(self.value.shape, [*outs, step, *e.leaves()], outs[0], (self.dim,))
         outer = len(nest.loops) - nest.inner
         pad, sign = "  " * outer, ">" if self.greatest else "<"
@@ -219,7 +233,11 @@ class Arg:
         lines += ["  " + x for x in nest.open(None, outer) if "#pragma" not in x]
         inner = "  " * (len(nest.loops) + 1)
         lines += [inner + "{", inner + f"  {TYPES[e.dtype]} x = {nest.text(e)};"]
-        lines += [inner + f"  if (at < 0 || (best == best && (x != x || x {sign} best))) {{ best = x; at = {nest.entry(step)}; }}", inner + "}"]
+        lines += [
+            inner
+            + f"  if (at < 0 || (best == best && (x != x || x {sign} best))) {{ best = x; at = {nest.entry(step)}; }}",
+            inner + "}",
+        ]
         if self.index is not None:
             lines.append(pad + f"  {nest.entry(self.index)} = at;")
         if self.best is not None:
@@ -248,7 +266,14 @@ class Scan:
     def lines(self) -> list[str]:
         """In C."""
         e = self.value.expression
-        step = View(None, 0, tuple(((n, 1),) if d == self.dim and n > 1 else (((n, 0),) if n > 1 else ()) for d, n in enumerate(self.value.shape)))
+        step = View(
+            None,
+            0,
+            tuple(
+                ((n, 1),) if d == self.dim and n > 1 else (((n, 0),) if n > 1 else ())
+                for d, n in enumerate(self.value.shape)
+            ),
+        )
         nest = Nest(self.value.shape, [self.to, step, *e.leaves()], self.to, (self.dim,))
         outer = len(nest.loops) - nest.inner
         pad = "  " * outer

@@ -20,11 +20,12 @@ from torch import fx
 from ....runtime.native import Ring
 from ....runtime.program import Program
 from . import views
+from .builder import Builder, Code, NoForm, order_of
 from .core_graph import core_graph
 from .expressions import Load, Value
+from .forms import FORMS
 from .operators import TYPES
 from .products import Kernels, Target
-from .program import Builder, Code, NoForm, order_of
 from .statements import Copy
 from .views import Buffer, View, contiguous
 
@@ -122,7 +123,9 @@ def step_source(
         natural = [file.natural[i].most_common(1)[0][0] if i in file.natural else r.order for i, r in enumerate(rings)]
         if natural == [r.order for r in rings]:
             break
-        rings = [Ring(r.parts, r.shape, r.dtype, r.axis, r.frames, r.slots, o) for r, o in zip(rings, natural, strict=True)]
+        rings = [
+            Ring(r.parts, r.shape, r.dtype, r.axis, r.frames, r.slots, o) for r, o in zip(rings, natural, strict=True)
+        ]
     return file.source()
 
 
@@ -143,7 +146,9 @@ def _pushed(phase: Phase, part: int, frames: int) -> tuple[fx.Node, int, int] | 
     return joined, dim, new
 
 
-def _rings(phases: Sequence[Phase], arguments: Sequence[torch.Tensor], frames: int, groups: Sequence[int]) -> list[Ring]:
+def _rings(
+    phases: Sequence[Phase], arguments: Sequence[torch.Tensor], frames: int, groups: Sequence[int]
+) -> list[Ring]:
     """How state is kept: each history in a ring of frames, all else in two places by turns."""
     rings = []
     parts = range(len(groups))
@@ -211,7 +216,7 @@ class _File:
     def _body(self, number: int, phase: Phase) -> tuple[Code, list[str]]:
         """The statements of a phase, and its parameters."""
         code = Code(self.kernels)
-        builder = Builder(code)
+        builder = Builder(code, FORMS)
         given = phase.placeholders()
         parameters = []
         after = phase.after()
@@ -261,7 +266,11 @@ class _File:
     def _opened(self, i: int, ring: Ring, number: int) -> list[str]:
         """Where the frames of a ring lie before a step."""
         kind, size = TYPES[ring.dtype], ring.size
-        text = f"/* state {i}: {ring.frames} of {ring.slots} frames of {size} */" if ring.frames > 1 else f"/* state {i} */"
+        text = (
+            f"/* state {i}: {ring.frames} of {ring.slots} frames of {size} */"
+            if ring.frames > 1
+            else f"/* state {i} */"
+        )
         if ring.axis is not None:
             return [text, f"{kind} *h{i} = ring{i} + at[{i}] * {size};"]
         return [
@@ -298,7 +307,11 @@ class _File:
         if ring.axis is None:
             given = phase.placeholders()
             before = [given[self.frames + p] for p in ring.parts]
-            moved = _moved(phase, ring.parts, self.frames) if len(ring.parts) > 1 else int(after[ring.parts[0]] is not before[0])
+            moved = (
+                _moved(phase, ring.parts, self.frames)
+                if len(ring.parts) > 1
+                else int(after[ring.parts[0]] is not before[0])
+            )
             assert moved is not None
             new = moved
             for j in range(new):
@@ -310,7 +323,7 @@ class _File:
     def _note(self, i: int, order: Sequence[int]) -> None:
         self.natural.setdefault(i, Counter())[tuple(order)] += 1
 
-    # -- the file --------------------------------------------------------------------------------------------------------
+    # -- the file -----------------------------------------------------------------------------------------------------
 
     def source(self) -> Source:
         """The file and what belongs to it."""
@@ -322,9 +335,11 @@ class _File:
         functions: list[str] = []
         for number, (code, parameters) in enumerate(self.bodies):
             mine = {name for line in code.lines for name in _NAMES.findall(line)}
-            head = [f"const int32_t *restrict at = p[k];", "int32_t *restrict to = p[1 - k];"]
+            head = ["const int32_t *restrict at = p[k];", "int32_t *restrict to = p[1 - k];"]
             head += [f"{TYPES[r.dtype]} *ring{i} = p[{3 + i}];" for i, r in enumerate(self.rings)]
-            head += [f"const {TYPES[b.dtype]} *restrict {b.name} = p[{places[b.name]}];" for b in kept if b.name in mine]
+            head += [
+                f"const {TYPES[b.dtype]} *restrict {b.name} = p[{places[b.name]}];" for b in kept if b.name in mine
+            ]
             room = 0
             for b in code.scratch:
                 if b.name in mine:
@@ -348,7 +363,7 @@ class _File:
                 f"aligned({dtype.itemsize}), may_alias));"
             )
         yield ""
-        yield "/* p: where the frames of each ring begin, before and after (by turns), scratch, the rings, constants. */"
+        yield "/* p: where the frames of each ring begin (before and after, by turns), scratch, rings, constants. */"
         yield ""
 
 

@@ -58,7 +58,7 @@ class View:
         """The sizes of the dimensions."""
         return tuple(map(size_of, self.dims))
 
-    def _with(self, dims: Iterable[Dim], offset: int = 0, change: Callable[[View], View | None] | None = None) -> View:
+    def _with(self, dims: Iterable[Dim], offset: int = 0, change: Callable[[View], View] | None = None) -> View:
         terms = self.terms
         if change is not None:
             terms = tuple((e.through(change), stride) for e, stride in terms)
@@ -247,9 +247,7 @@ def expand(shape: Sequence[int]) -> Change:
 
     def change(view: View) -> View:
         dims = [()] * (len(shape) - len(view.dims)) + list(view.dims)
-        return view._with(
-            (one(n, 0) if size_of(d) == 1 else d for n, d in zip(shape, dims, strict=True)), 0, change
-        )
+        return view._with((one(n, 0) if size_of(d) == 1 else d for n, d in zip(shape, dims, strict=True)), 0, change)
 
     return change
 
