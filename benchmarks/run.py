@@ -278,7 +278,7 @@ def main() -> None:
     parser.add_argument("--small", action="store_true", help="smaller pictures, windows and widths")
     parser.add_argument("--batch", type=int, nargs="+", default=[1])
     parser.add_argument(
-        "--backends", nargs="+", default=["eager", "onnxruntime", "inductor"], choices=cofx.backends.BACKENDS
+        "--backends", nargs="+", default=["eager", "onnxruntime", "c", "inductor"], choices=cofx.backends.BACKENDS
     )
     parser.add_argument("--chunks", type=int, nargs="*", default=[4, 16], help="frames per call of forward_steps")
     parser.add_argument("--rounds", type=int, default=31)

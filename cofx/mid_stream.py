@@ -54,12 +54,15 @@ class MidStream:
         The short way is there in mid-stream, for frames of shapes that were accepted before.
         """
         compiled, count, batch = self.compiled, state.count, state.batch
-        if count < compiled.steady_from or not self._accepts(frames, batch) or _watched() or not compiled.folded():
+        if count < compiled.steady_from or not self._accepts(frames, batch) or _watched():
+            return None
+        gradients = torch.is_grad_enabled()
+        if gradients and not compiled.folded():
             return None
         traced = torch.compiler.is_dynamo_compiling()  # its own kernels fit with histories that are whole
         if not traced:
             compiled.notice()
-        gradients = torch.is_grad_enabled() and (any(x.requires_grad for x in frames) or state.requires_grad)
+        gradients = gradients and (any(x.requires_grad for x in frames) or state.requires_grad)
         phase = count % self._period
         backend = "eager"
         assert self._accepted is not None
