@@ -17,7 +17,9 @@ from .inputs import InputSpec
 from .mid_stream import MidStream
 from .passes.capture import Point, untraced
 from .passes.changes import version
-from .passes.codegen.graph_module import FOREVER, Key, generate, state_specs
+from .passes.codegen.graph_module import generate
+from .passes.codegen.key import FOREVER, Key
+from .passes.codegen.states import state_specs
 from .passes.errors import CompileError, user_frame
 from .passes.pipeline import Leaf, Plan, tensors
 from .runtime.errors import InputError

@@ -11,8 +11,8 @@ import torch
 
 from .backends import fastest, installed, measures, question, remember, remembered
 from .passes.codegen.c import compile_native
-from .passes.codegen.graph_module import FOREVER, Key
 from .passes.codegen.inductor import compile_inductor
+from .passes.codegen.key import FOREVER, Key
 from .passes.codegen.session import compile_sessions
 from .runtime.program import Program
 from .runtime.state import StreamState, allocate, take_apart
