@@ -347,8 +347,8 @@ class _File:
                     room += -(-b.size * b.dtype.itemsize // 64) * 64
             most = max(most, room)
             functions += [
-                f"void step_{number}({', '.join(['void *const *restrict p, int k', *parameters])})", "{",
-                *("  " + x for x in (*head, *code.lines)), "}", "",
+                f"int step_{number}({', '.join(['void *const *restrict p, int k', *parameters])})", "{",
+                *("  " + x for x in (*head, *code.lines)), "  return 0;", "}", "",
             ]  # fmt: skip
         text = "\n".join([*self._preamble(), *self.kernels.source(), *functions])
         tensors = [b.tensor for b in kept if b.tensor is not None]
@@ -363,7 +363,8 @@ class _File:
                 f"aligned({dtype.itemsize}), may_alias));"
             )
         yield ""
-        yield "/* p: where the frames of each ring begin (before and after, by turns), scratch, rings, constants. */"
+        yield "/* p: where the frames of each ring begin (before and after, by turns), scratch, rings, constants."
+        yield "   A step returns 1, and the state is as it was, if an index lies outside of what it chooses from. */"
         yield ""
 
 
