@@ -300,6 +300,7 @@ class Tokens(nn.Module):
 
 
 @pytest.mark.parametrize("pick", ["embedding", "index", "gather"])
+@torch.no_grad()
 def test_an_index_outside_is_told_and_leaves_the_stream(pick) -> None:
     torch.manual_seed(0)
     model, clip = Tokens(pick).eval(), torch.randint(0, 10, (1, 20))
