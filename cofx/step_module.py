@@ -64,10 +64,11 @@ def compile(
         context: the most frames, the current one included, that attention without a bound of its own reads. It is then
             approximate. None keeps everything, exactly.
         backend: of steps in mid-stream without gradients: "eager" (torch's own kernels), "inductor" (`torch.compile`,
-            compiled for a while at the first step), "onnxruntime" (in buffers of its own, for each batch size), or
-            "auto": the fastest of those that can run the model here, measured once for a model and machine and then
-            remembered (``COFX_MEASURE=0`` takes ONNX Runtime where it is installed, without measuring). All else, the
-            first frames, chunks, lanes and the end of a stream, runs eagerly.
+            compiled for a while at the first step), "onnxruntime" (in buffers of its own, for each batch size), "c" (C
+            that is generated for the step and compiled on this machine: for small nets), or "auto": the fastest of
+            those that can run the model here, measured once for a model and machine and then remembered
+            (``COFX_MEASURE=0`` takes ONNX Runtime where it is installed, without measuring). All else, the first
+            frames, chunks, lanes and the end of a stream, runs eagerly.
 
     Raises:
         CaptureError: the model cannot be traced.
