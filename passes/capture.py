@@ -162,8 +162,8 @@ def capture(
                 (_export_fixed, batch), (_export_recorded, max(2, batch))]  # fmt: skip
         if like is not None:
             # where the trace fixed the length it need not be left open again, which costs most
-            way = _export_open_batch.__name__ if like.way == _export_open.__name__ and not like.symbolic_time else like.way
-            ways = [w for w in ways if w[0].__name__ == way]
+            fixed = like.way == _export_open.__name__ and not like.symbolic_time
+            ways = [w for w in ways if w[0].__name__ == (_export_open_batch.__name__ if fixed else like.way)]
         if like is not None and closed:
             ways, batch = [(_export_fixed, like.points[0].batch)], like.points[0].batch
         for way, lanes in dict.fromkeys(ways):

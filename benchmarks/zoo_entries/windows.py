@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import nn
 
@@ -64,7 +62,9 @@ def _() -> nn.Module:
 
 @entry("mega_pytorch/MegaLayer", (1, 16, 8), time=1)
 def _() -> nn.Module:
-    return load("mega_pytorch", "MegaLayer")(dim=8, ema_heads=4, attn_dim_qk=4, attn_dim_value=8, laplacian_attn_fn=False)
+    return load("mega_pytorch", "MegaLayer")(
+        dim=8, ema_heads=4, attn_dim_qk=4, attn_dim_value=8, laplacian_attn_fn=False
+    )
 
 
 # beats, pitch, vocoder, voice
@@ -88,8 +88,10 @@ def _() -> nn.Module:
 
 @entry("hifi_gan/Generator", (1, 80, 24))
 def _() -> nn.Module:
-    settings = load("bigvgan.env", "AttrDict")(resblock="1", upsample_rates=[2, 2], upsample_kernel_sizes=[4, 4],
-        upsample_initial_channel=16, resblock_kernel_sizes=[3, 5], resblock_dilation_sizes=[[1, 3, 5], [1, 3, 5]])  # fmt: skip
+    settings = load("bigvgan.env", "AttrDict")(
+        resblock="1", upsample_rates=[2, 2], upsample_kernel_sizes=[4, 4], upsample_initial_channel=16,
+        resblock_kernel_sizes=[3, 5], resblock_dilation_sizes=[[1, 3, 5], [1, 3, 5]],
+    )  # fmt: skip
     return load("hifi_gan.models", "Generator")(settings)
 
 
