@@ -36,7 +36,7 @@ def per_frame(op: Any, batched: Sequence[bool], args: Any, kwargs: Any) -> Any:
     which costs the tracing of the whole graph a second time.
     """
     leaves, spec = pytree.tree_flatten((args, kwargs))
-    if torch.Tag.pointwise in op.tags:
+    if torch.Tag.pointwise in getattr(op, "tags", ()):
         rank = max(x.dim() - b for x, b in zip(leaves, batched, strict=True) if isinstance(x, Tensor))
         wide = [
             x.reshape(x.shape[0], *[1] * (rank + 1 - x.dim()), *x.shape[1:]) if b and x.dim() <= rank else x
