@@ -356,7 +356,8 @@ class StepModule(nn.Module):
         compiled = self._ready(chunks, frames=False)
         ticks = compiled.spec.ticks(chunks)
         compiled.spec.check(chunks, ticks, self._state.batch, frames=False)
-        parts, state = compiled.advance(self._state, chunks, ticks, None, frames=False)
+        done = compiled.mid_stream.chunk(self._state, chunks, ticks) if ticks > 1 else None
+        parts, state = done or compiled.advance(self._state, chunks, ticks, None, frames=False)
         if pad_end:
             tail = compiled.flush(state, chunks)
             parts = [a + b for a, b in zip(parts, tail, strict=True)]

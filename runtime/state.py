@@ -50,6 +50,13 @@ class StreamState:
             self._tensors = tuple(join(self.apart, self._specs))
         return self._tensors
 
+    def leave(self) -> Resident | None:
+        """Take what is kept out of the buffers of a backend, in which the stream goes on; where in them it was."""
+        here = self.resident
+        if here is not None:
+            self._tensors, self.resident = self.tensors, None
+        return here
+
     @property
     def requires_grad(self) -> bool:
         """Whether gradients flow through what is kept; through a backend's buffers there are none."""
