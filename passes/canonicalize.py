@@ -63,6 +63,9 @@ def canonicalize(capture: Capture) -> fx.Graph:
             args = (*tensors, False, momentum, eps, True)
         if target is aten.convolution.default:
             target, args, kwargs = _as_layer(args, kwargs)
+        if target in _JOINS and (padded := _as_pad(node)) is not None:
+            source, pads, number = padded
+            target, args, kwargs = aten.pad.default, (env[source], pads, "constant", number), {}
         if target in _CONVERSIONS and node.args[0].meta["val"].device == value.device:
             target, args, kwargs = aten.to.dtype, (args[0], value.dtype), {}
         elif target in _FILLS:
@@ -138,6 +141,33 @@ def _as_layer(args: Any, kwargs: Any) -> tuple[Any, Any, Any]:
         return target, (*geometry, given["output_padding"], given["groups"], given["dilation"]), {}
     target = (aten.conv1d.default, aten.conv2d.default, aten.conv3d.default)[rank - 1]
     return target, (*geometry, given["dilation"], given["groups"]), {}
+
+
+def _as_pad(node: fx.Node) -> tuple[fx.Node, list[Number], float] | None:
+    """A tensor joined with as many zeros (or another number) as the clip's length asks for, as padding."""
+    parts: Any = node.args[0]
+    others = [n for n in parts if n.target not in _FILLS and n.target is not aten.full.default]
+    if len(others) != 1 or parts.count(others[0]) != 1 or any(_dtype(n) != _dtype(node) for n in parts):
+        return None
+    at, rank = parts.index(others[0]), others[0].meta["val"].dim()
+    dim = bind(node.target, node.args, node.kwargs).get("dim", 0) % rank
+    sizes = [n.meta["val"].shape[dim] for n in parts]
+    numbers = {_filled_with(n) for n in parts if n is not others[0]}
+    if len(numbers) != 1 or not any(isinstance(s, torch.SymInt) for i, s in enumerate(sizes) if i != at):
+        return None
+    pads = [Number(0)] * (2 * (rank - 1 - dim)) + [Number(sum(sizes[:at])), Number(sum(sizes[at + 1 :]))]
+    return others[0], pads, float(numbers.pop())
+
+
+def _dtype(node: fx.Node) -> torch.dtype:
+    dtype: torch.dtype = node.meta["val"].dtype
+    return dtype
+
+
+def _filled_with(node: fx.Node) -> float:
+    """The number of which a tensor is full."""
+    number = _FILLS.get(node.target, "fill_value")
+    return float(bind(node.target, node.args, node.kwargs)[number] if isinstance(number, str) else number)
 
 
 def _as_full(target: Any, args: Any, kwargs: Any, value: torch.Tensor) -> tuple[Any, Any, Any]:

@@ -75,6 +75,9 @@ def part(call: Call, x: Value, starts: Sizes, ends: Sizes, step: int) -> Fact:
             return Tail("the last frames of the clip are read", of=x, first=tail, count=tail, squeeze=False)
         raise NonLocal("where the slice begins depends on the clip's length")
     if cut is None:
+        if step == 1 and max(abs(n - e) for n, e in zip(x.lengths, ends, strict=True)) < min(x.lengths):
+            like, length = call.length_like(tuple(e - start for e in ends))  # (cut to what a multiple was made of)
+            return call.view(x, start, length, length_of=like)
         count = constant(ends)
         if start == 0 and count is not None and step == 1:
             return Head("the first frames of the clip are read", of=x, count=count)
