@@ -115,10 +115,12 @@ def _put_together(taken: list[tuple[Capture, list[int]]], start: int) -> General
         known = replace(captured, points=list(dict.fromkeys(points)), assumed=_knowing(captured.assumed, points))
         graphs.append((known, canonicalize(known)))
     most = max(range(len(graphs)), key=lambda i: len(graphs[i][1].nodes))
+    if most and _align(graphs[most][1], graphs[0][1], graphs[most][0], graphs[0][0]) is None:
+        most = 0  # where the example's length lies, the model does otherwise
     base, graph = graphs[most]
     traces = [Trace(base, None)]
     for captured, other in (g for i, g in enumerate(graphs) if i != most):
-        if (nodes := _align(graph, other)) is not None:
+        if (nodes := _align(graph, other, base, captured)) is not None:
             base.points = [*base.points, *captured.points]
             _add_sizes(graph, nodes)
             traces.append(Trace(captured, nodes))
@@ -133,16 +135,16 @@ def _knowing(assumed: Any, points: list[Point]) -> Any:
     return known
 
 
-def _align(graph: fx.Graph, other: fx.Graph) -> dict[fx.Node, fx.Node] | None:
+def _align(graph: fx.Graph, other: fx.Graph, here: Capture, there: Capture) -> dict[fx.Node, fx.Node] | None:
     """For each node of a graph the one of another graph that gives the same there; None if the graphs differ by more
     than paddings and slices that the other leaves away."""
     rest = list(other.nodes)
     twin: dict[fx.Node, fx.Node] = {}
     at = 0
     for node in graph.nodes:
-        there = rest[at] if at < len(rest) else None
-        if there is not None and _same_form(node, there, twin):
-            twin[node] = there
+        like = rest[at] if at < len(rest) else None
+        if like is not None and _same_form(node, like, twin) and _same_constant(node, like, here, there):
+            twin[node] = like
             at += 1
         elif node.target in _LEFT_AWAY and node.all_input_nodes[0] in twin:
             twin[node] = twin[node.all_input_nodes[0]]
@@ -155,10 +157,20 @@ _LEFT_AWAY = {aten.pad.default, aten.constant_pad_nd.default, aten.slice.Tensor,
 
 
 def _same_form(a: fx.Node, b: fx.Node, twin: dict[fx.Node, fx.Node]) -> bool:
-    named = a.op in ("placeholder", "get_attr")
-    if a.op != b.op or (str(a.target) != str(b.target)):
+    named = a.op == "placeholder"
+    if a.op != b.op or (str(a.target) != str(b.target) and a.op != "get_attr"):
         return False
     return named or [twin[n] for n in a.all_input_nodes] == list(b.all_input_nodes)
+
+
+def _same_constant(a: fx.Node, b: fx.Node, here: Capture, there: Capture) -> bool:
+    """Whether two tensors that the traces created are the same."""
+    one, other = here.constants.get(str(a.target)), there.constants.get(str(b.target))
+    if a.op != "get_attr":
+        return True
+    if one is None or other is None:
+        return one is other and a.target == b.target
+    return one.dtype == other.dtype and bool(torch.equal(one.nan_to_num(), other.nan_to_num()))
 
 
 def _add_sizes(graph: fx.Graph, nodes: dict[fx.Node, fx.Node]) -> None:
