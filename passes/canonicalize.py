@@ -15,6 +15,7 @@ from torch import fx
 from torch.fx.node import map_arg
 
 from .capture import Capture, Point
+from .errors import CaptureError
 from .registry import entry
 
 aten = torch.ops.aten
@@ -79,6 +80,9 @@ def canonicalize(capture: Capture) -> fx.Graph:
         if target is aten.view_as_complex.default:  # the one op that wants the strides that it was traced with
             dense = {"memory_format": torch.contiguous_format}
             args = (_make(graph, node.args[0], aten.clone.default, args, dense, capture),)
+        if target is aten.as_strided.default:
+            args = (_in_memory_order(graph, node, args[0], capture), *args[1:])
+            target, args = _as_windows(node, args, capture) or (target, args)
         new = _make(graph, node, target, args, kwargs, capture)
         env[node] = new
         if written is not None:
@@ -141,6 +145,43 @@ def _as_layer(args: Any, kwargs: Any) -> tuple[Any, Any, Any]:
         return target, (*geometry, given["output_padding"], given["groups"], given["dilation"]), {}
     target = (aten.conv1d.default, aten.conv2d.default, aten.conv3d.default)[rank - 1]
     return target, (*geometry, given["dilation"], given["groups"]), {}
+
+
+def _in_memory_order(graph: fx.Graph, node: fx.Node, source: Any, capture: Capture) -> fx.Node:
+    """What ``as_strided`` reads, in the order in which it was traced to lie in memory, and dense.
+
+    Raises:
+        CaptureError: it reads beyond what it is given.
+    """
+    given = node.args[0]
+    assert isinstance(given, fx.Node)
+    x = given.meta["val"]
+    if not x.is_contiguous() or bind(aten.as_strided.default, node.args, {}).get("storage_offset"):
+        raise CaptureError("as_strided reads a tensor that is no contiguous one from its beginning on")
+    return _make(graph, given, aten.clone.default, (source,), {"memory_format": torch.contiguous_format}, capture)
+
+
+def _as_windows(node: fx.Node, args: Any, capture: Capture) -> tuple[Any, Any] | None:
+    """``as_strided`` that cuts a dimension into windows, its last dimension, as the op that says so."""
+    given: Any = node.args[0]
+    number = lambda s: s.meta["val"] if isinstance(s, fx.Node) else s  # noqa: E731
+    at = lambda numbers: [[capture.sample(number(s), p) for p in capture.points] for s in numbers]  # noqa: E731
+    size, stride = at(node.args[1]), at(node.args[2])  # type: ignore[arg-type]
+    before, steps = at(given.meta["val"].shape), at(given.meta["val"].stride())
+    if len(size) != len(before) + 1:
+        return None
+    cut = [d for d in range(len(before)) if (size[d], stride[d]) != (before[d], steps[d])]
+    dim = cut[0] if cut else len(before) - 1
+    hop = stride[dim][0] // max(steps[dim][0], 1)
+    fits = (
+        len(cut) <= 1
+        and stride[-1] == steps[dim]
+        and stride[dim] == [hop * s for s in steps[dim]]
+        and len(set(size[-1])) == 1
+        and hop > 0
+        and size[dim] == [(n - size[-1][0]) // hop + 1 for n in before[dim]]
+    )
+    return (aten.unfold.default, (args[0], dim, size[-1][0], hop)) if fits else None
 
 
 def _as_pad(node: fx.Node) -> tuple[fx.Node, list[Number], float] | None:

@@ -376,6 +376,7 @@ def _from_export(
     outputs = program.graph_signature.output_specs
     if any(o.kind.name != "USER_OUTPUT" for o in outputs):
         raise CaptureError("the model changes its buffers or inputs in forward, even in eval mode")
+    out_spec = _tensors_alone(graph, program.call_spec.out_spec)
     symbols = _symbols(placeholders, clock)
     free = {
         axis
@@ -395,7 +396,7 @@ def _from_export(
         graph=graph,
         constants=constants,
         inputs=[env[n].name for n in placeholders],
-        out_spec=program.call_spec.out_spec,
+        out_spec=out_spec,
         points=points,
         sample=Sampler(symbols),
         symbolic_batch=batch,
@@ -405,6 +406,49 @@ def _from_export(
         else lambda ticks: ticks in {p.ticks for p in points},
         read={name: state[name].detach().clone() for name in sorted(known.read)},
     )
+
+
+def tensor_leaves(outputs: Any) -> list[torch.Tensor]:
+    """The tensors of a module's output, in order."""
+    return [x for x in pytree.tree_leaves(outputs) if isinstance(x, torch.Tensor)]
+
+
+class _Fixed:
+    """What stands in an output's structure for a leaf that is no tensor: None or a number, always the same."""
+
+
+pytree.register_pytree_node(
+    _Fixed,
+    lambda fixed: ([], None),
+    lambda children, value: value,
+    serialized_type_name="cofx.Fixed",
+    to_dumpable_context=lambda value: value,
+    from_dumpable_context=lambda value: value,
+)
+
+
+def _tensors_alone(graph: fx.Graph, spec: pytree.TreeSpec) -> pytree.TreeSpec:
+    """Take leaves that are no tensors out of a graph's outputs; the structure of what is left knows them.
+
+    Raises:
+        CaptureError: one is a number that follows from a size.
+    """
+    node = graph.output_node()
+    leaves: list[Any] = list(node.args[0])  # type: ignore[arg-type]
+    if any(isinstance(x, fx.Node) and not isinstance(x.meta.get("val"), torch.Tensor) for x in leaves):
+        raise CaptureError("the model returns a number that follows from the size of its inputs")
+    rest = iter(leaves)
+
+    def without(part: pytree.TreeSpec) -> pytree.TreeSpec:
+        if part.is_leaf():
+            leaf = next(rest)
+            return part if isinstance(leaf, fx.Node) else pytree.TreeSpec(_Fixed, leaf, [])
+        return pytree.TreeSpec(part.type, part.context, [without(child) for child in part.children()])
+
+    if all(isinstance(x, fx.Node) for x in leaves):
+        return spec
+    node.args = (tuple(x for x in leaves if isinstance(x, fx.Node)),)
+    return without(spec)
 
 
 class Assumptions:
