@@ -164,9 +164,12 @@ def _in_memory_order(graph: fx.Graph, node: fx.Node, source: Any, capture: Captu
 def _as_windows(node: fx.Node, args: Any, capture: Capture) -> tuple[Any, Any] | None:
     """``as_strided`` that cuts a dimension into windows, its last dimension, as the op that says so."""
     given: Any = node.args[0]
-    number = lambda s: s.meta["val"] if isinstance(s, fx.Node) else s  # noqa: E731
-    at = lambda numbers: [[capture.sample(number(s), p) for p in capture.points] for s in numbers]  # noqa: E731
-    size, stride = at(node.args[1]), at(node.args[2])  # type: ignore[arg-type]
+
+    def at(numbers: Any) -> list[list[int]]:
+        traced = [s.meta["val"] if isinstance(s, fx.Node) else s for s in numbers]
+        return [[capture.sample(s, p) for p in capture.points] for s in traced]
+
+    size, stride = at(node.args[1]), at(node.args[2])
     before, steps = at(given.meta["val"].shape), at(given.meta["val"].stride())
     if len(size) != len(before) + 1:
         return None
