@@ -38,6 +38,7 @@ from .roll_up_loops import gather_assignments, roll_up_loops
 from .schedule_delays import Schedule, phases, reach, schedule_delays
 from .stream_graph import Clip, Op, Value, View, read
 from .unfold_spectra import unfold_spectra
+from .unskew_distances import unskew_distances
 
 # a stream that does the same again only after more ticks is recomputed over clips where it ends in a clip anyway
 MOST_PHASES = 1 << 14
@@ -362,7 +363,18 @@ def _understand(
     model: nn.Module, captured: Capture, clock: Clock, context: int | None, graph: fx.Graph | None = None
 ) -> tuple[fx.Graph, Facts, Constants]:
     """The canonical graph of a capture (`graph`, if it is made already), with its facts."""
-    graph = graph or canonicalize(captured)
+    unskewed = canonicalize(captured)
+    if graph is None and unskew_distances(unskewed):
+        found = _with_facts(model, captured, clock, context, unskewed)
+        if _streams(*found[:2]):
+            return found
+    return _with_facts(model, captured, clock, context, graph or canonicalize(captured))
+
+
+def _with_facts(
+    model: nn.Module, captured: Capture, clock: Clock, context: int | None, graph: fx.Graph
+) -> tuple[fx.Graph, Facts, Constants]:
+    """A canonical graph in its simplest form, with its facts."""
     gather_assignments(graph)
     fold_positions(graph)
     unfold_spectra(graph)
