@@ -74,6 +74,8 @@ def canonicalize(capture: Capture) -> fx.Graph:
         elif target is aten.copy.default and _alike(node.args[1], value):
             env[node] = args[1]  # all of it is overwritten
             continue
+        elif target in _SHAPED_LIKE:
+            target, args, kwargs = _SHAPED_LIKE[target], (args[0], [Number(s) for s in value.shape]), {}
         elif target in (aten.copy.default, aten.fill.Tensor):
             sizes = [Number(s) for s in value.shape]
             target, args, kwargs = aten.expand.default, (args[1], sizes), {}
@@ -101,6 +103,13 @@ _JOINS = (aten.cat.default, aten.concat.default, aten.concatenate.default)
 
 # a program's tensors need not have the strides that were traced
 _RESHAPES = {aten.view.default: aten.reshape.default, aten._unsafe_view.default: aten.reshape.default}
+
+# of another tensor nothing but its shape is read
+_SHAPED_LIKE = {
+    aten.view_as.default: aten.reshape.default,
+    aten.reshape_as.default: aten.reshape.default,
+    aten.expand_as.default: aten.expand.default,
+}
 
 # tensors of one number, some shaped like another: where the number stands among the arguments
 _FILLS: dict[Any, float | str] = {

@@ -364,7 +364,7 @@ def _understand(
 ) -> tuple[fx.Graph, Facts, Constants]:
     """The canonical graph of a capture (`graph`, if it is made already), with its facts."""
     unskewed = canonicalize(captured)
-    if graph is None and unskew_distances(unskewed):
+    if graph is None and unskew_distances(unskewed, tensors(model, captured)):
         found = _with_facts(model, captured, clock, context, unskewed)
         if _streams(*found[:2]):
             return found

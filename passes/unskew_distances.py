@@ -10,7 +10,7 @@ written so, it is a pair of frames like any other.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from .fold_positions import call_at, sizes_of, take_place
+from .fold_positions import call_at, moves, sizes_of, take_place
 from .layout import Sizes
 
 aten = torch.ops.aten
@@ -31,8 +31,8 @@ TRIED = (5, 6)  # lengths at which the moves are made
 NONE = -1  # stands where something else than an entry is
 
 
-def unskew_distances(graph: fx.Graph) -> bool:
-    """Rewrite a canonical graph so; whether anything was found.
+def unskew_distances(graph: fx.Graph, known: Mapping[str, torch.Tensor]) -> bool:
+    """Rewrite a canonical graph so, with these parameters and constants; whether anything was found.
 
     Entries of keys ahead of their query may become others where there are no embeddings for them: of such a node
     ``meta["no_key_ahead"]`` is set, and nothing may read them.
@@ -45,7 +45,7 @@ def unskew_distances(graph: fx.Graph) -> bool:
     for node in list(graph.nodes):
         if node.target in _PRODUCTS and node in fed and (product := _Product.of(node, fed)) is not None:
             moved = _moved(product)
-            if moved is not None and (new := _by_distance(graph, product, *moved)) is not None:
+            if moved is not None and (new := _by_distance(graph, product, *moved, known)) is not None:
                 take_place(moved[0], new)
                 found = True
     graph.eliminate_dead_code()
@@ -204,14 +204,16 @@ def _move(node: fx.Node, numbers: dict[fx.Node, torch.Tensor], at: _Linear) -> t
     return result
 
 
-def _by_distance(graph: fx.Graph, product: _Product, moved: fx.Node, ahead: bool) -> fx.Node | None:
+def _by_distance(
+    graph: fx.Graph, product: _Product, moved: fx.Node, ahead: bool, known: Mapping[str, torch.Tensor]
+) -> fx.Node | None:
     """The moved product as one of queries with the embedding of each distance."""
     source = _source(product)
     if source is None:
         return None
     letter = product.result[-1]
     tables = [_rows_by_distance(graph, product, source, sign, moved) for sign in ((1, -1) if ahead else (1,))]
-    if any(t is None for t in tables):
+    if any(t is None for t in tables) or not _as_traced(product, tables, known):
         return None
     dim = product.row_term.index(letter)
     order = [dim, *(i for i in range(len(product.row_term)) if i != dim)]
@@ -251,7 +253,6 @@ class _Source:
 
 def _source(product: _Product) -> _Source | None:
     """The one node in which the rows begin to follow the length, if it counts down from the end of the clip."""
-    moves = lambda n: len(set(n.meta["sizes"])) > 1  # noqa: E731
     way: list[fx.Node] = []
     queue, begins = [product.rows], set()
     while queue:
@@ -278,23 +279,60 @@ def _rows_by_distance(graph: fx.Graph, product: _Product, source: _Source, sign:
     for node in source.way:
         if node is source.node:
             continue
-        samples = [_renamed(_swapped(s, p, product), copies) for p, s in enumerate(node.meta["samples"])]
-        sizes = [tuple(_swapped(s, p, product)) for p, s in enumerate(node.meta["sizes"])]
+        samples = [_renamed(s, copies) for s in _swapped(node.meta["samples"], product)]
+        sizes = [tuple(s) for s in _swapped(node.meta["sizes"], product)]
         value = node.meta["val"].new_empty(sizes[0])
         args = [_unbound(node.target, s) for s in samples]
         copies[node] = call_at(graph, like, node.target, args, sizes, value)
     return copies[product.rows]
 
 
-def _swapped(sample: Any, point: int, product: _Product) -> Any:
-    """Numbers that are the number of rows, as the clip's length."""
+def _swapped(seen: Sequence[Any], product: _Product) -> list[Any]:
+    """Numbers at the sample points, those that are the number of rows as the clip's length."""
+    first = seen[0]
+    if isinstance(first, dict):
+        parts = {k: _swapped([s[k] for s in seen], product) for k in first}
+        return [{k: v[p] for k, v in parts.items()} for p in range(len(seen))]
+    if isinstance(first, (list, tuple)):
+        entries = [_swapped([s[i] for s in seen], product) for i in range(len(first))]
+        return [[e[p] for e in entries] for p in range(len(seen))]
+    return list(product.length) if tuple(seen) == product.count else list(seen)
+
+
+def _as_traced(product: _Product, tables: Sequence[Any], known: Mapping[str, torch.Tensor]) -> bool:
+    """Whether rows in the order of distances are the traced ones, turned around: none depends on where others lie."""
+    dim = product.row_term.index(product.result[-1])
+    memo: dict[fx.Node, Any] = {}
+    try:
+        with torch.no_grad():
+            rows = _value(product.rows, known, memo)
+            parts = [_value(t, known, memo) for t in tables]
+    except (RuntimeError, KeyError, TypeError):
+        return False
+    n = product.length[0]
+    wanted = [rows.narrow(dim, 0, n).flip(dim), rows.narrow(dim, rows.shape[dim] - n, n)][: len(parts)]
+    return all(a.shape == b.shape and torch.allclose(a, b, equal_nan=True) for a, b in zip(parts, wanted, strict=True))
+
+
+def _value(node: fx.Node, known: Mapping[str, torch.Tensor], memo: dict[fx.Node, Any]) -> Any:
+    """What a node is that follows from parameters and the traced length alone."""
+    if node not in memo:
+        if node.op == "get_attr":
+            memo[node] = known[str(node.target)]
+        else:
+            for n in node.all_input_nodes:
+                _value(n, known, memo)
+            args, kwargs = _unbound(node.target, _with_values(node.meta["samples"][0], memo))
+            memo[node] = node.target(*args, **kwargs)  # type: ignore[operator]
+    return memo[node]
+
+
+def _with_values(sample: Any, values: Mapping[fx.Node, Any]) -> Any:
+    if isinstance(sample, fx.Node):
+        return values[sample]
     if isinstance(sample, dict):
-        return {k: _swapped(v, point, product) for k, v in sample.items()}
-    if isinstance(sample, (list, tuple)):
-        return [_swapped(v, point, product) for v in sample]
-    if type(sample) is int and sample == product.count[point]:
-        return product.length[point]
-    return sample
+        return {k: _with_values(v, values) for k, v in sample.items()}
+    return [_with_values(v, values) for v in sample] if isinstance(sample, (list, tuple)) else sample
 
 
 def _renamed(sample: Any, copies: dict[fx.Node, fx.Node]) -> Any:
@@ -307,7 +345,7 @@ def _renamed(sample: Any, copies: dict[fx.Node, fx.Node]) -> Any:
     return sample
 
 
-def _unbound(target: Any, sample: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+def _unbound(target: Any, sample: Mapping[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Arguments by name as a call takes them."""
     args, kwargs = [], {}
     for argument in target._schema.arguments:

@@ -229,7 +229,7 @@ def lower_lookup(b: Any, op: Op, windows: list[Window], span: range, _: Any) -> 
     *overloads(
         "view.default reshape.default _unsafe_view.default flatten.using_ints unflatten.int squeeze.default "
         "squeeze.dim squeeze.dims unsqueeze.default permute.default transpose.int swapaxes.default t.default "
-        "mT.default movedim.int movedim.intlist expand.default expand_as.default embedding.default select.int"
+        "mT.default movedim.int movedim.intlist expand.default embedding.default select.int"
     )
 )
 def as_frames(call: Call) -> Fact:
