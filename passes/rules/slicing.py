@@ -18,6 +18,7 @@ from ..layout import TIME, Sizes, dim
 from ..registry import Call, Fact, Head, Rolled, Sample, Tail, overloads, rule
 from ..schedule import Taps
 from ..stream_graph import Constant, Value, read
+from .frames_at import frames_at
 from .join import beside
 from .lookup import index_table
 
@@ -192,6 +193,8 @@ def index_select(call: Call) -> Fact:
         return index_table(call)
     x = call.stream("self")
     axis = call.arg("dim") % len(x.layout)
+    if axis == x.layout.time and (at := call.maybe("index")) is not None:
+        return frames_at(call, x, at)
     call.require(axis != x.layout.time, "chosen frames of the clip are read")
     return call.framewise(x.layout.replace(axis, call.resized(x, axis)))
 
