@@ -26,7 +26,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from .assertions import truth_without_error
-from .capture import CONGRUENT, TRACING, Capture, Clock, as_for_inference, quiet
+from .capture import CONGRUENT, TRACING, Capture, Clock, as_for_inference, quiet, tensor_leaves
 from .drop_caches import Kept, dropped, kept_by
 from .errors import is_users, line_of
 from .symbolic_recurrence import symbolic_recurrence
@@ -118,7 +118,7 @@ class Runs:
             return run
         except Exception:
             return None
-        run.shapes = [x.shape for x in pytree.tree_leaves(outputs)]
+        run.shapes = [x.shape for x in tensor_leaves(outputs)]
         return run
 
     def kept(self) -> list[Kept]:

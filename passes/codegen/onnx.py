@@ -127,6 +127,8 @@ def export_onnx(
 def _names(plan: Plan, program: LaneProgram, controls: bool) -> OnnxNames:
     """Unique names for everything."""
     structure = pytree.tree_unflatten(list(range(len(plan.outputs))), plan.out_spec)
+    if len(pytree.tree_leaves(structure)) != len(plan.outputs):
+        raise OnnxError("an output that is no tensor (None or a number) has no form in a step graph")
     outputs = [f"output_{i}" if len(plan.outputs) > 1 else "output" for i in range(len(plan.outputs))]
     if isinstance(structure, dict):
         for keys, i in pytree.tree_flatten_with_path(structure)[0]:
