@@ -83,6 +83,39 @@ def test_names_shapes_and_metadata(made) -> None:
     assert all(s["holds"] for s in meta["states"])
 
 
+def test_names_are_those_of_the_modules(tmp_path) -> None:
+    """As Netron shows them; and nothing of the machine on which the file was made."""
+
+    class Block(nn.Module):
+        def __init__(self, channels: int) -> None:
+            super().__init__()
+            self.conv1, self.norm = nn.Conv1d(channels, 4, 3, padding=1), nn.GroupNorm(1, 4)
+            self.memory = nn.GRU(4, 4, batch_first=True)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            y = self.conv1(x)
+            return self.memory(y.mT)[0].mT + x[:, :1]
+
+    model = nn.ModuleDict({"encoder": nn.Sequential(Block(3), Block(4)), "head": nn.Conv1d(4, 2, 1)})
+    model.forward = lambda x: model.head(model.encoder(x))
+    step = cofx.compile(model.eval(), X)
+    step.to_onnx(tmp_path / "step.onnx")
+    file = onnx.load(tmp_path / "step.onnx")
+    names = [n.name for n in file.graph.node]
+    made = [o for n in file.graph.node for o in n.output if o]
+    assert len(set(names)) == len(names) and len(set(made)) == len(made)
+    wanted = {"encoder.0.conv1/Conv", "encoder.1.conv1/Conv", "encoder.0.memory/GRU", "encoder.1/Add", "head/Conv"}
+    assert wanted <= set(names)
+    assert {"encoder.0.conv1/Conv", "encoder.1/Add"} <= set(made)
+    weights = {t.name for t in file.graph.initializer}
+    assert {"encoder.0.conv1.weight", "encoder.1.conv1.bias", "head.weight"} <= weights
+    assert all(n.startswith(("encoder.", "head/", "lanes/")) or "/" not in n for n in names)
+    holds = [s["holds"] for s in OnnxStep(tmp_path / "step.onnx").meta["states"]]
+    assert any("in encoder.1.memory" in h for h in holds) and any("frames of" in h and "encoder.0" in h for h in holds)
+    raw = (tmp_path / "step.onnx").read_bytes()
+    assert str(Path(cofx.__file__).parent).encode() not in raw and __file__.encode() not in raw
+
+
 def test_raw_graph_from_zeros(made) -> None:
     """Any runtime: states of zeros, and the file's own words for the rest."""
     step, path = made

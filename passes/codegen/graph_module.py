@@ -27,6 +27,7 @@ from ...runtime.program import OutputSpan, Program, StateSpec
 from ..canonicalize import unbind
 from ..capture import untraced
 from ..changes import content, version
+from ..errors import module_path
 from ..layout import BATCH, KEY, TIME, Layout
 from ..loops import Loop
 from ..schedule import Taps
@@ -90,7 +91,7 @@ def state_specs(schedule: Schedule, capacity: int = 0) -> list[StateSpec]:
                 f"state_{value.name}",
                 tuple(dims),
                 value.dtype,
-                f"the last {frames} frames of {value.name}",
+                f"the last {frames} frames of {_named(value.name, value.node)}",
                 grows=time if value in schedule.growing else None,
                 apart=time if 1 <= frames <= MOST and _large(value) else None,
             )
@@ -98,8 +99,15 @@ def state_specs(schedule: Schedule, capacity: int = 0) -> list[StateSpec]:
     for op in schedule.graph.ops:
         for carry in op.carries:
             dims = [_affine(d) for d in carry.layout]
-            specs.append(StateSpec(carry_name(op, carry), tuple(dims), carry.dtype, f"{carry.name} of {op.name}"))
+            holds = f"{carry.name} of {_named(op.name, op.node)}"
+            specs.append(StateSpec(carry_name(op, carry), tuple(dims), carry.dtype, holds))
     return specs
+
+
+def _named(name: str, node: fx.Node | None) -> str:
+    """A value, and the module that it comes from."""
+    module = "" if node is None else module_path(node)
+    return f"{name} in {module}" if module else name
 
 
 def _large(value: Value) -> bool:
