@@ -20,7 +20,7 @@ from torch import nn
 
 from .backends import known_backend
 from .compiled import Compiled
-from .inputs import make_clock
+from .inputs import check_runs, make_clock
 from .lanes import POSITION, Lanes, lanes_of
 from .passes.capture import Clock, untraced
 from .passes.codegen.graph_module import Key
@@ -35,7 +35,7 @@ from .runtime.errors import InputError, StateError
 from .runtime.lane_layout import LaneLayout
 from .runtime.lane_state import LaneState, lane_indices, take_lanes
 from .runtime.state import StreamState, restore, snapshot
-from .runtime.state_file import HELD, read_state, write_state
+from .runtime.state_file import HELD, folder_of, read_state, write_state
 from .saving import save_step, saved_plan
 from .verification import Verification, verify
 
@@ -62,6 +62,11 @@ def _known_mode(mode: str) -> str:
     if mode not in MODES:
         raise InputError(f"unknown call mode {mode!r}: one of {', '.join(MODES)}")
     return mode
+
+
+def _whole(value: Any, least: int) -> bool:
+    """Whether this is a whole number, and at least so large."""
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least
 
 
 def compile(
@@ -112,8 +117,9 @@ def compile(
     given = [nonlocal_ops] if isinstance(nonlocal_ops, str) else list(nonlocal_ops.values())
     if not set(given) <= {"recompute", "continual", "refuse"}:
         raise InputError(f"nonlocal_ops is 'recompute', 'continual' or 'refuse', not {nonlocal_ops!r}")
-    if context is not None and (isinstance(context, bool) or not isinstance(context, int) or context < 1):
-        raise InputError(f"context is a number of frames, at least 1, not {context!r}")
+    for name, number in (("context", context), ("clip_length", clip_length)):
+        if number is not None and not _whole(number, 1):
+            raise InputError(f"{name} is a number of frames, at least 1, not {number!r}")
     backend = known_backend(backend)
     step = StepModule(
         model, time_dim, batch_dim, clip_length, equivalence, window_output, nonlocal_ops, context, backend
@@ -166,6 +172,7 @@ class StepModule(nn.Module):
         self.model = model
         self._backend = backend
         self._nonlocal_ops, self._context = nonlocal_ops, context
+        self._matched: set[str] = set()  # of the patterns in `nonlocal_ops`
         self._reference: list[nn.Module] = []  # in place of the model, if clip-wide ops look on the frames so far
         self.training = model.training
         self._time_dim, self._batch_dim = time_dim, batch_dim
@@ -201,7 +208,12 @@ class StepModule(nn.Module):
                 failure = failure or error
         if plan is None:
             assert failure is not None
+            if given:
+                check_runs(self.model, example)
             raise failure
+        patterns = () if isinstance(self._nonlocal_ops, str) else self._nonlocal_ops
+        if idle := [repr(p) for p in patterns if p not in self._matched]:
+            warnings.warn(f"nonlocal_ops: no op over the whole clip is in, or is, {', '.join(idle)}", stacklevel=5)
         needs_clip = any(leaf.equivalence in ("clip", "first-clip") for leaf in plan.outputs)
         if needs_clip and not given and not self._clip_length:
             reason = next(leaf.reason for leaf in plan.outputs if leaf.clip)
@@ -263,6 +275,7 @@ class StepModule(nn.Module):
             return self._nonlocal_ops
         for pattern, choice in self._nonlocal_ops.items():
             if fnmatch.fnmatchcase(module, pattern) or fnmatch.fnmatchcase(op, pattern):
+                self._matched.add(pattern)
                 return choice
         return "recompute"
 
@@ -534,9 +547,15 @@ class StepModule(nn.Module):
         """How its inputs and outputs look with so many frames (default one period), for `cofx.runtime.LanePool`."""
         programs = self._programs()
         ticks = programs.schedule.period if frames_per_step is None else frames_per_step
-        if ticks < 1 or ticks % programs.schedule.period:
-            raise InputError(f"frames_per_step is a multiple of {programs.schedule.period}, the model's period")
-        return programs.layout(ticks, self.forward_steps, self._mark)
+        if not _whole(ticks, 1) or ticks % programs.schedule.period:
+            raise InputError(
+                f"frames_per_step is a multiple of {programs.schedule.period}, the model's period, not {ticks!r}"
+            )
+        return programs.layout(ticks, self.forward_steps, self._place_now, self._mark)
+
+    def _place_now(self) -> object:
+        """Where the streams are: another object after each call that moves them."""
+        return self._state if self._lanes is None else self._lanes
 
     def _mark(self) -> Callable[[], None]:
         """Takes calls after this one back."""
@@ -619,6 +638,8 @@ class StepModule(nn.Module):
 
     def _restored(self, state: Mapping[str, torch.Tensor], lanes: Any = None) -> tuple[StreamState, LaneState | None]:
         """The stream or the lanes of a snapshot."""
+        if not isinstance(state, Mapping):
+            raise StateError(f"a state is a dict as get_state() returns it, not a {type(state).__name__}")
         if POSITION in state:
             other = self._programs().restore(dict(state))
         else:
@@ -753,8 +774,7 @@ class StepModule(nn.Module):
         if quantize is not None:
             if quantize not in KINDS:
                 raise InputError(f"quantize is one of {', '.join(KINDS)}, not {quantize!r}")
-            folder = Path(path).absolute().parent
-            with tempfile.TemporaryDirectory(dir=folder, prefix=".cofx-") as scratch:
+            with tempfile.TemporaryDirectory(dir=folder_of(path), prefix=".cofx-") as scratch:
                 full, small = Path(scratch, "full.onnx"), Path(scratch, "small.onnx")
                 self._export(full, frames_per_step, False, opset, controls, longest, plain=True)
                 batches = self.compiled.plan.clock.batch_dims
@@ -776,10 +796,12 @@ class StepModule(nn.Module):
 
         programs = self._programs()
         period = programs.schedule.period
-        if frames_per_step is not None and (frames_per_step < 1 or frames_per_step % period):
-            raise InputError(f"frames_per_step is a multiple of {period}, the model's period, not {frames_per_step}")
-        if opset is not None and opset < OPSET:
-            raise InputError(f"opset {opset}: {OPSET} is the least")
+        if frames_per_step is not None and not (_whole(frames_per_step, 1) and frames_per_step % period == 0):
+            raise InputError(f"frames_per_step is a multiple of {period}, the model's period, not {frames_per_step!r}")
+        if opset is not None and not _whole(opset, OPSET):
+            raise InputError(f"opset is a version of ONNX's operators, {OPSET} or later, not {opset!r}")
+        if longest is not None and not _whole(longest, 1):
+            raise InputError(f"longest is a number of frames, at least 1, not {longest!r}")
         export_onnx(
             programs.plan,
             path,

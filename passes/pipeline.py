@@ -200,7 +200,7 @@ def compile_plan(
         unfold_spectra(graph)
         constants = Constants(tensors(model, captured), not_constant(graph, captured))
         facts = propagate_facts(graph, captured, clock, constants, context)
-    leaves = list(pytree.tree_leaves(graph.output_node().args[0]))
+    leaves = _leaves(graph)
     values = _values(facts, leaves, equivalence, newest)
     loops = any(isinstance(n.target, Loop) for n in graph.nodes)
     runs = Runs(model, captured, clock, example, loops)
@@ -362,6 +362,23 @@ def _understand(
 def tensors(model: nn.Module, captured: Capture) -> dict[str, torch.Tensor]:
     """The model's parameters and buffers as they are now, and the constants of its trace."""
     return {**captured.constants, **named_tensors(model)}
+
+
+def _leaves(graph: fx.Graph) -> list[fx.Node]:
+    """The leaves of the model's output.
+
+    Raises:
+        CompileError: one is no tensor.
+    """
+    leaves = pytree.tree_leaves(graph.output_node().args[0])
+    for i, leaf in enumerate(leaves):
+        if not isinstance(leaf, fx.Node):
+            what = repr(leaf)[:60] if isinstance(leaf, (str, bool, int, float, type(None))) else "a number"
+            raise CompileError(
+                f"leaf {i} of the model's output is {what}, not a tensor\n"
+                "    try     a module around it that returns its tensors only"
+            )
+    return leaves
 
 
 def _values(facts: Facts, leaves: list[fx.Node], equivalence: str | None, newest: bool) -> list[Value | None]:

@@ -220,6 +220,7 @@ def test_bad_arguments_leave_the_state(made) -> None:
         ("pad_end", lambda: mine.forward_steps(x[:, :, :2], pad_end=True, **everyone)),
         ("lanes 0 to 2", lambda: mine.clean_state([3])),
         ("another model", lambda: mine.set_state({"x": x})),
+        ("not a NoneType", lambda: mine.set_state(None)),
         ("does not fit", lambda: mine.set_state({**before, list(before)[-1]: x})),
         ("multiple of 2", lambda: mine.set_state({**before, "position": before["position"] + 1})),
     ]:
@@ -236,9 +237,14 @@ def test_bad_arguments_leave_the_state(made) -> None:
 
 def test_options(made, tmp_path) -> None:
     step, _ = made
-    for bad in ({"frames_per_step": 3}, {"frames_per_step": 0}, {"opset": 17}):
+    wrong = [{"frames_per_step": 3}, {"frames_per_step": 0}, {"frames_per_step": 2.0}, {"opset": 17}, {"opset": "20"}]
+    for bad in (*wrong, {"longest": 0}):
         with pytest.raises(cofx.InputError):
             step.to_onnx(tmp_path / "bad.onnx", **bad)
+    with pytest.raises(cofx.CompileError, match="no opset 99"):  # the exporter writes another without a word
+        step.to_onnx(tmp_path / "bad.onnx", opset=99)
+    with pytest.raises(FileNotFoundError, match="no such folder to write to"):
+        step.to_onnx(tmp_path / "nowhere" / "bad.onnx")
     assert os.listdir(tmp_path) == []
     x = X.numpy()
     whole = step.model(X)["deep"].numpy()
@@ -364,6 +370,10 @@ def test_what_is_no_step_model(tmp_path) -> None:
     path = tmp_path / "x.onnx"
     with pytest.raises(cofx.InputError):
         OnnxStep(path)
+    with pytest.raises(cofx.InputError, match="threads"):
+        OnnxStep(path, threads="all")
+    with pytest.raises(cofx.InputError, match="no NoSuch here, but .*CPUExecutionProvider"):
+        OnnxStep(path, providers=["NoSuch"])
     path.write_bytes(b"\x80\x04garbage")
     with pytest.raises(cofx.InputError, match="cannot be run"):
         OnnxStep(path)

@@ -26,6 +26,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils import _pytree as pytree
 
 from ...runtime.onnx_meta import FORMAT
+from ...runtime.state_file import folder_of
 from ..capture import untraced
 from ..errors import CompileError, user_frame
 from ..schedule_delays import Schedule
@@ -171,6 +172,8 @@ def _convert(
         input_names=[f"{OUTER}{n}" for n in names.arguments],
         output_names=[f"{OUTER}{n}" for n in names.results],
     )
+    if (made := model.opset_import[0].version) != opset:
+        raise OnnxError(f"the exporter writes no opset {opset}, but {made}: ask for one between {OPSET} and its newest")
     name_values(model, plan)
     if dynamic_batch:
         name_batch(model)
@@ -343,7 +346,7 @@ def _dtype(dtype: torch.dtype) -> str:
 
 def _save(onnx: Any, model: Any, path: str) -> None:
     """Check the model, then put it in place all at once."""
-    folder = os.path.dirname(os.path.abspath(path))
+    folder = folder_of(path)
     with tempfile.TemporaryDirectory(dir=folder, prefix=".cofx-") as scratch:
         draft = os.path.join(scratch, os.path.basename(path))
         if too_large(model):
