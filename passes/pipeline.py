@@ -304,6 +304,8 @@ def _branch(
         return runs.otherwise(2 * length) or "(unknown line)"
     if limit is not None and limit[0] < 2 * length and limit[1] is not None:
         return limit[1]
+    if limit == (length, None) and runs.one_length():
+        return f"(it takes clips of {length} frames, and no others)"
     if "prefix" in words:
         first = min(c.first for v in values if (c := clip_of(v)) is not None and c.equivalence == "prefix")
         shorter = range(first, length) if captured.symbolic_time else {first, (first + length) // 2, length - 1}

@@ -220,3 +220,23 @@ def test_lanes_and_files_stop_at_a_branch(tmp_path) -> None:
     with pytest.raises(cofx.InputError, match="longer than the 100 frames"):
         mine.forward_steps(X[:, :, 100:101].numpy())
     torch.testing.assert_close(torch.from_numpy(mine.flush()), expected[:, :, 99:])
+
+
+def test_a_model_of_one_length_is_recomputed() -> None:
+    """An exported program, or a table as long as the clip: a stream of it would end where it begins to be of use."""
+
+    class Memory(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.memory = nn.Conv1d(3, 4, 3, padding=1), nn.GRU(4, 4, batch_first=True)
+            self.table = nn.Parameter(torch.randn(3, 20))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.memory(self.conv(x + self.table).mT)[0].mT
+
+    x = torch.randn(1, 3, 20)
+    for model in (Memory().eval(), torch.export.export(Memory().eval(), (x,)).module()):
+        step = cofx.compile(model, x)
+        assert step.equivalence == "clip" and step.verify(torch.randn(1, 3, 50)).exact
+        with pytest.raises(cofx.RefusedError, match="takes clips of 20 frames, and no others"):
+            cofx.compile(model, x, equivalence="stream")
