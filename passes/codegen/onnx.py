@@ -356,7 +356,9 @@ def _save(onnx: Any, model: Any, path: str) -> None:
         try:
             onnx.checker.check_model(draft, full_check=True)
         except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
-            raise OnnxError(f"the step program has no valid ONNX form: {str(error).strip()[:500]}") from error
+            found = re.search(r"node name: ([^\s),]+)", str(error))
+            where = f"\n    module  {found[1].rpartition('/')[0] or '(the model itself)'}" if found else ""
+            raise OnnxError(f"the step program has no valid ONNX form: {str(error).strip()[:500]}{where}") from error
         for name in sorted(os.listdir(scratch), reverse=True):  # the data before the graph that needs it
             os.replace(os.path.join(scratch, name), os.path.join(folder, name))
 
