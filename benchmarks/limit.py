@@ -18,7 +18,7 @@ from torch.fx.node import map_arg
 
 import cofx
 from cofx.passes.canonicalize import bind, listed
-from cofx.passes.codegen.graph_module import Key
+from cofx.passes.codegen.key import Key
 from cofx.runtime.onnx_buffers import open_session
 
 aten, mkldnn = torch.ops.aten, torch.ops.mkldnn

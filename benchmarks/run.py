@@ -1,4 +1,4 @@
-"""Time step models against the offline sliding window and continual-inference, in one process and interleaved.
+"""Time step models against the offline sliding window, continual-inference and tract, in one process and interleaved.
 
 ::
 
@@ -10,9 +10,9 @@
 Every variant runs blocks of whole periods in turn, on one thread, without gradients; the table has the median CPU time
 per input frame over the blocks, without their first call: that finds the caches full of the other variants' data, as
 a step does that shares its core, and is told under the table. A model is checked before it is timed: `step.verify`
-against the offline model, other backends against the first, and continual-inference's outputs where it computes the
-same function. The column ``limit`` is what the convolutions and products of a step take alone, on inputs that lie
-ready (`limit.py`).
+against the offline model, other backends against the first; continual-inference and tract (as a pulsed model, where
+it takes the model) where they compute the same function. The column ``limit`` is what the convolutions and products
+of a step take alone, on inputs that lie ready (`limit.py`).
 
 `python benchmarks/readme.py` puts the numbers into README.md.
 """
@@ -42,6 +42,7 @@ import cofx.backends
 sys.path.insert(0, str(Path(__file__).parent))
 from limit import limit
 from readme import best
+from tract_pulse import tract_variant
 from workloads import Workload, workloads
 
 RESULTS = Path(__file__).parent / "results" / "run.json"
@@ -180,6 +181,12 @@ def measure(
             variants["continual"] = continual_variant(load, clip, period, row), period
         except Exception as error:
             row["continual_error"] = f"{type(error).__name__}: {error}"[:200]
+    try:
+        long = torch.cat([clip] * 3, load.time_dim)
+        pulse, row["tract_same"] = tract_variant(load.model, long, load.time_dim, period)
+        variants["tract"] = pulse, period
+    except Exception as error:
+        row["tract_error"] = str(error).split("Stack backtrace")[0].strip()[-300:]
     variants["offline"] = (lambda: load.model(clip)), 1
     calls: dict[str, int] = {}
     for name, (block, _) in variants.items():
@@ -219,7 +226,7 @@ def _cpu_time(block: Callable[[], object], calls: int) -> float:
 def table(rows: list[dict[str, Any]]) -> str:
     """The rows in Markdown: microseconds per frame; in brackets how many times faster than continual-inference."""
     names = list(dict.fromkeys(n for r in rows for n in r["variants"]))
-    names.sort(key=lambda n: (n not in ("offline", "continual"), n.startswith("chunks"), len(n)))
+    names.sort(key=lambda n: (n not in ("offline", "continual", "tract"), n.startswith("chunks"), len(n)))
     heads = ["workload", "clip", "exact", *names, "limit", "state bytes", "continual's"]
     lines = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
     for r in rows:
@@ -243,6 +250,8 @@ def table(rows: list[dict[str, Any]]) -> str:
                 cold = f"; {first:.1f}x where other work has just emptied the caches"
             lines += ["", f"Best backend over continual-inference, batch {batch}, geometric mean of {len(found)} rows: "
                           f"{ratio:.1f}x{cold}."]  # fmt: skip
+    refused = {r["workload"]: r["tract_error"].splitlines()[-1].strip() for r in rows if "tract_error" in r}
+    lines += ["", *(f"- tract does not take {name}: {why}" for name, why in refused.items())] if refused else []
     kept = [r["state_bytes"] / r["continual_state_bytes"] for r in rows if r.get("continual_state_bytes")]
     if kept:
         lines += ["", f"State over continual-inference's, geometric mean: {statistics.geometric_mean(kept):.2f}."]
@@ -278,7 +287,7 @@ def main() -> None:
     parser.add_argument("--small", action="store_true", help="smaller pictures, windows and widths")
     parser.add_argument("--batch", type=int, nargs="+", default=[1])
     parser.add_argument(
-        "--backends", nargs="+", default=["eager", "onnxruntime", "inductor"], choices=cofx.backends.BACKENDS
+        "--backends", nargs="+", default=["eager", "onnxruntime", "c", "inductor"], choices=cofx.backends.BACKENDS
     )
     parser.add_argument("--chunks", type=int, nargs="*", default=[4, 16], help="frames per call of forward_steps")
     parser.add_argument("--rounds", type=int, default=31)
@@ -302,7 +311,7 @@ def main() -> None:
             mine = {(r["workload"], str(r["clip"])) for r in rows}
             kept = [r for r in json.loads(output.read_text())["rows"] if (r["workload"], str(r["clip"])) not in mine]
             rows = sorted(kept + rows, key=lambda r: (r["workload"], r["clip"]))
-        versions = {n: importlib.metadata.version(n) for n in ("torch", "onnxruntime", "continual-inference")}
+        versions = {n: importlib.metadata.version(n) for n in ("torch", "onnxruntime", "continual-inference", "tract")}
         about = {**versions, "machine": platform.machine(), "cpu": cofx.backends.processor(), "threads": 1}
         output.write_text(json.dumps({"about": about, "rows": rows}, indent=1) + "\n")
         text = ", ".join(f"{k} {v}" for k, v in about.items())

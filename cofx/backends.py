@@ -16,10 +16,12 @@ from pathlib import Path
 
 import torch
 
+from .passes.codegen.c.compiler import c_compiler
+from .runtime.cache import cache_folder
 from .runtime.errors import InputError
 from .runtime.state_file import replace_file
 
-BACKENDS = ("eager", "inductor", "onnxruntime", "auto")
+BACKENDS = ("eager", "inductor", "onnxruntime", "c", "auto")
 ROUNDS, SECONDS = 15, 0.3  # of one backend's measurement: at most so many blocks, and so long
 
 
@@ -35,13 +37,15 @@ def known_backend(name: str) -> str:
         raise InputError(f"backend='onnxruntime' needs {', '.join(missing)}: pip install 'cofx[onnx]'")
     if name == "inductor" and not _compiler():
         raise InputError("backend='inductor' needs a C++ compiler (g++, clang++, or the one that $CXX names)")
+    if name == "c" and c_compiler() is None:
+        raise InputError("backend='c' needs a C compiler (cc, gcc, clang, or the one that $CC names)")
     return name
 
 
 def installed() -> list[str]:
     """The backends of which "auto" takes the fastest, the documented default first."""
     found = [] if _missing("onnxruntime", "onnx", "onnxscript") else ["onnxruntime"]
-    return [*found, "eager", *(["inductor"] if _compiler() else [])]
+    return [*found, "eager", *(["c"] if c_compiler() else []), *(["inductor"] if _compiler() else [])]
 
 
 def measures() -> bool:
@@ -95,8 +99,7 @@ def processor() -> str:
 
 
 def _answers() -> Path:
-    folder = os.environ.get("COFX_CACHE") or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "cofx"
-    return Path(folder) / "backends.json"
+    return cache_folder() / "backends.json"
 
 
 def remembered(key: str) -> str | None:

@@ -222,6 +222,7 @@ def inspect(
     nonlocal_ops: NonlocalOps = "recompute", context: Context = None, clip_length: ClipLength = None,
     as_json: AsJson = False,
     nodes: Annotated[bool, typer.Option("--nodes", help="the fact of every node, too")] = False,
+    html: Annotated[Path | None, typer.Option(help="write it as a page of HTML, module by module")] = None,
 ) -> None:  # fmt: skip
     """Tell what becomes of a model: delays, state, what is streamed, what is recomputed or refused and why."""
     with _errors(as_json):
@@ -237,6 +238,8 @@ def inspect(
                 out.print(str(error), markup=False)
             return
         report = step.report()
+        if html is not None:
+            report.save(html)
         graph = [
             {"node": n.name, "op": str(n.target), "fact": str(n.meta["cofx"])}
             for n in (step.graph_module.graph.nodes if nodes else ())

@@ -17,7 +17,9 @@ from .inputs import InputSpec
 from .mid_stream import MidStream
 from .passes.capture import Point, untraced
 from .passes.changes import version
-from .passes.codegen.graph_module import FOREVER, Key, generate, state_specs
+from .passes.codegen.graph_module import generate
+from .passes.codegen.key import FOREVER, Key
+from .passes.codegen.states import state_specs
 from .passes.errors import CompileError, user_frame
 from .passes.pipeline import Leaf, Plan, tensors
 from .runtime.errors import InputError
@@ -28,7 +30,7 @@ from .runtime.state import StreamState, allocate, grow
 EVALUATIONS = 8  # of a clip or a loop's body in one program
 REPEATED = 256  # ops of clips that a program repeats for them, beyond the first evaluation
 KEPT_PROGRAMS = 512
-GLANCES = 64  # parameters that a step looks at, whether they have changed
+GLANCES = 8  # parameters that a step looks at, whether they have changed
 _VERSION = operator.attrgetter("_version")
 CAPACITY = 16  # ticks for which there is room at first, in a state that grows
 
@@ -116,8 +118,6 @@ class Compiled:
 
         Of many, each call looks at some, in turn: their counters lie far from each other in memory.
         """
-        if torch.compiler.is_dynamo_compiling():
-            return
         folded = self.plan.constants.folded
         if len(folded) != self._looked:
             counted = [(t, v) for t, v, _ in folded.values() if not t.is_inference()]

@@ -15,7 +15,7 @@ from torch.utils import _pytree as pytree
 
 from . import __version__
 from .compiled import Compiled
-from .passes.codegen.graph_module import FOREVER
+from .passes.codegen.key import FOREVER
 from .passes.codegen.lane_states import (
     POSITION,
     from_lanes_first,

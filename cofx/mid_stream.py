@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from .backends import fastest, installed, measures, question, remember, remembered
-from .passes.codegen.graph_module import FOREVER, Key
+from .passes.codegen.c import compile_native
 from .passes.codegen.inductor import compile_inductor
+from .passes.codegen.key import FOREVER, Key
 from .passes.codegen.session import compile_sessions
 from .runtime.program import Program
 from .runtime.state import StreamState, allocate, take_apart
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from .runtime.resident import Residence
 
 Shapes = tuple[torch.Size, ...]
+RESIDENT = {"onnxruntime", "c"}  # backends that keep the state in buffers of their own
 
 
 class MidStream:
@@ -33,8 +35,10 @@ class MidStream:
         self._runs: dict[tuple[int, bool, bool], Callable[..., Any] | None] = {}
         self._compiled: dict[Shapes, list[Callable[..., Any]]] = {}
         self._chosen: dict[Shapes, str] = {}  # the backend for frames of these shapes
-        self._homes: dict[Shapes, Residence] = {}
+        self._homes: dict[tuple[str, Shapes], Residence] = {}
         self._accepted: tuple[int | None, Shapes] | None = None
+        self._cpu = compiled.spec.device.type == "cpu"
+        self._home: Residence | None = None  # where the state is for frames of the accepted shapes, if anywhere
         self._period = plan.schedule.period
         self._single = plan.out_spec.is_leaf()
         self._flat = plan.out_spec.type is tuple and len(plan.outputs) == plan.out_spec.num_children
@@ -42,6 +46,7 @@ class MidStream:
     def accept(self, frames: Sequence[torch.Tensor], batch: int | None) -> None:
         """These inputs have been checked: frames of the same shapes need not be, in a stream of that batch size."""
         self._accepted = (batch, tuple(x.shape for x in frames))
+        self._home = self._homes.get((self._chosen.get(self._accepted[1], ""), self._accepted[1]))
 
     def step(self, state: StreamState, frames: Sequence[torch.Tensor]) -> tuple[Any, StreamState] | None:
         """A step's output and the state after, the short way; None where it has to be taken the long way.
@@ -49,26 +54,26 @@ class MidStream:
         The short way is there in mid-stream, for frames of shapes that were accepted before.
         """
         compiled, count, batch = self.compiled, state.count, state.batch
-        if count < compiled.steady_from or not self._accepts(frames, batch) or _watched() or not compiled.folded():
+        if count < compiled.steady_from or not self._accepts(frames, batch) or _watched():
             return None
-        compiled.notice()
+        gradients = torch.is_grad_enabled()
+        if gradients and not compiled.folded():
+            return None
         traced = torch.compiler.is_dynamo_compiling()  # its own kernels fit with histories that are whole
+        if not traced:
+            compiled.notice()
+        gradients = gradients and (any(x.requires_grad for x in frames) or state.requires_grad)
+        phase = count % self._period
         backend = "eager"
         assert self._accepted is not None
         shapes = self._accepted[1]
-        gradients = torch.is_grad_enabled() and (any(x.requires_grad for x in frames) or state.requires_grad)
         if self.backend != "eager" and not traced and not gradients:
-            backend = self._chosen.get(shapes) or self.prepare(frames, batch)
-        phase = count % self._period
+            if self._home is None:
+                backend = self._chosen.get(shapes) or self.prepare(frames, batch)
+                self._home = self._homes.get((backend, shapes))
+            if self._home is not None:
+                return self._resident_step(self._home, phase, frames, state)
         by_frame = compiled.large_frames and not traced
-        if backend == "onnxruntime":
-            home = self._homes[shapes]
-            here = state.resident
-            if here is None or here.home is not home:
-                here = home.load(self._parts(state))
-            outputs, placed = home.step(phase, frames, here)
-            specs = compiled.specs if compiled.large_frames else self._whole
-            return self._packed(outputs), StreamState(count + 1, None, batch, None, specs, placed)
         if backend == "inductor":
             run: Callable[..., Any] | None = self._compiled[shapes][phase]
         else:
@@ -88,13 +93,28 @@ class MidStream:
             return out, StreamState(count + 1, None, batch, after, compiled.specs)
         return out, StreamState(count + 1, after, batch)
 
+    def _resident_step(
+        self, home: Residence, phase: int, frames: Sequence[torch.Tensor], state: StreamState
+    ) -> tuple[Any, StreamState]:
+        """A step in the buffers of a backend."""
+        here = state.resident
+        if here is None or here.home is not home:
+            here = home.load(self._parts(state))
+        outputs, placed = home.step(phase, frames, here)
+        specs = self.compiled.specs if self.compiled.large_frames else self._whole
+        out = outputs[0] if self._single else self._packed(outputs)
+        return out, StreamState(state.count + 1, None, state.batch, None, specs, placed)
+
     def _accepts(self, frames: Sequence[torch.Tensor], batch: int | None) -> bool:
         """Whether frames like these have been checked."""
         accepted, spec = self._accepted, self.compiled.spec
         if accepted is None or accepted[0] != batch or len(frames) != len(accepted[1]):
             return False
-        for x, shape, dtype in zip(frames, accepted[1], spec.dtypes, strict=True):
-            if not isinstance(x, torch.Tensor) or x.shape != shape or x.dtype is not dtype or x.device != spec.device:
+        cpu = self._cpu
+        for x, shape, dtype in zip(frames, accepted[1], spec.dtypes, strict=False):
+            if not isinstance(x, torch.Tensor) or x.shape != shape or x.dtype is not dtype:
+                return False
+            if not (x.is_cpu if cpu else x.device == spec.device):
                 return False
         return True
 
@@ -149,13 +169,14 @@ class MidStream:
 
         Raises:
             OnnxError: an op has no ONNX form, and ONNX Runtime was asked for.
+            NativeError: an op has no form in C, and that was asked for.
         """
         shapes = tuple(x.shape for x in frames)
         if shapes not in self._chosen:
             with torch.no_grad():
                 self._chosen[shapes] = self._choose(frames, batch)
-            if self._chosen[shapes] != "onnxruntime":
-                self._homes.pop(shapes, None)
+            for other in RESIDENT - {self._chosen[shapes]}:
+                self._homes.pop((other, shapes), None)
         return self._chosen[shapes]
 
     def _choose(self, frames: Sequence[torch.Tensor], batch: int | None) -> str:
@@ -179,7 +200,7 @@ class MidStream:
 
     def _eager_only(self) -> str | None:
         """Why no other backend can run the steps of this model."""
-        if self.compiled.spec.device.type != "cpu" and self.backend == "onnxruntime":
+        if self.compiled.spec.device.type != "cpu" and self.backend in RESIDENT:
             return f"the model is on {self.compiled.spec.device}"
         if self.compiled.steady_from == FOREVER:
             return "what is kept grows with the stream, or the stream has a longest length"
@@ -203,8 +224,8 @@ class MidStream:
             self.compiled.steady_from, allocate(self.compiled.specs, batch or 1, self.compiled.spec.device), batch
         )
         parts = self._parts(zeros)
-        if backend == "onnxruntime":
-            home = self._home(frames, parts)
+        if backend in RESIDENT:
+            home = self._made_home(backend, frames, parts)
 
             def resident() -> None:
                 placed = home.load(parts)
@@ -237,26 +258,26 @@ class MidStream:
             self._compiled[shapes] = runs
         return self._compiled[shapes]
 
-    def _home(self, frames: Sequence[torch.Tensor], parts: tuple[torch.Tensor, ...]) -> Residence:
-        """The programs of mid-stream in ONNX Runtime for frames of these shapes."""
-        from .runtime.resident import Residence
-
-        shapes = tuple(x.shape for x in frames)
-        if shapes not in self._homes:
+    def _made_home(self, backend: str, frames: Sequence[torch.Tensor], parts: tuple[torch.Tensor, ...]) -> Residence:
+        """The programs of mid-stream in a backend that keeps their state, for frames of these shapes."""
+        place = backend, tuple(x.shape for x in frames)
+        if place not in self._homes:
             groups: list[int] = []
             for i, spec in enumerate(self.compiled.specs):
                 apart = spec.apart if self.compiled.large_frames else None
                 groups += [i] * (1 if apart is None else spec.dims[apart][1])
+            make = compile_sessions if backend == "onnxruntime" else compile_native
             programs = [self._others(phase) for phase in range(self._period)]
-            sessions, rooms = compile_sessions(self.compiled.plan, programs, [*frames, *parts], len(frames), groups)
-            self._homes[shapes] = Residence(sessions, frames, parts, rooms, groups)
-        return self._homes[shapes]
+            self._homes[place] = make(self.compiled.plan, programs, [*frames, *parts], len(frames), groups)
+        return self._homes[place]
 
 
 def _watched() -> bool:
     """Whether somebody looks on at the operations (a counter), or changes them (autocast)."""
     return not torch.compiler.is_dynamo_compiling() and (
-        torch._C._len_torch_dispatch_stack() > 0
-        or torch._C._len_torch_function_stack() > 0
-        or torch.is_autocast_enabled("cpu")
+        _dispatch_modes() > 0 or _function_modes() > 0 or _autocast("cpu")
     )
+
+
+_dispatch_modes, _function_modes = torch._C._len_torch_dispatch_stack, torch._C._len_torch_function_stack
+_autocast = torch._C.is_autocast_enabled

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from math import prod
@@ -12,10 +13,14 @@ from torch import fx
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from .compiled import Compiled
+from .output_info import OutputInfo
 from .passes.capture import as_for_inference
 from .passes.errors import user_frame
 from .passes.registry import InClip
+from .report_page import page, section
 from .runtime.state import StreamState
+from .runtime.state_file import replace_file
+from .stages import Stage, bytes_of, stages_of
 
 
 @dataclass(frozen=True)
@@ -30,6 +35,9 @@ class Report:
         state_bytes: bytes kept between steps.
         recomputed: for each op that ended a stream, why and where.
         approximated: for each op that does otherwise than in the model, as the user allowed, what it does and where.
+        outputs: delay, receptive field, stride, padding and equivalence of each output.
+        stages: the model, submodule by submodule.
+        name: of the model's class.
     """
 
     macs_per_step: float
@@ -39,6 +47,9 @@ class Report:
     state_bytes: int
     recomputed: tuple[str, ...]
     approximated: tuple[str, ...] = ()
+    outputs: tuple[OutputInfo, ...] = ()
+    stages: tuple[Stage, ...] = ()
+    name: str = "model"
 
     def __str__(self) -> str:
         saved = self.macs_per_clip / self.macs_per_step if self.macs_per_step else 1.0
@@ -51,6 +62,14 @@ class Report:
         lines += [f"recomputed               {r}" for r in self.recomputed]
         lines += [f"approximated             {a}" for a in self.approximated]
         return "\n".join(lines)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write it as one page of HTML: delays, work and state, module by module. No half-written file is left."""
+        replace_file(path, page(self, self.name).encode())
+
+    def _repr_html_(self) -> str:
+        """As a notebook shows it."""
+        return section(self, self.name)
 
 
 def report(compiled: Compiled) -> Report:
@@ -70,6 +89,7 @@ def report(compiled: Compiled) -> Report:
             _, state = compiled.advance(state, compiled.spec.part(clip, 0, 1), 1, None, frames=False)
         step = _macs(lambda: _period(compiled, clip, state, period))
         nodes = _macs_by_node(compiled, clip)
+    specs = compiled.specs_after(max(state.count, ticks))
     total = sum(nodes.values())
     repeated = {n for op in plan.schedule.graph.ops if op.clip is not None for n in op.clip.nodes}
     ended = [
@@ -83,9 +103,12 @@ def report(compiled: Compiled) -> Report:
         macs_per_clip=total,
         clip_frames=ticks,
         streamed=1.0 if total == 0 else 1 - sum(nodes.get(n, 0) for n in repeated) / total,
-        state_bytes=sum(prod(s.shape(batch)) * s.dtype.itemsize for s in compiled.specs_after(max(state.count, ticks))),
+        state_bytes=sum(bytes_of(s, batch) for s in specs),
         recomputed=tuple(f"{plan.facts.of[n].reason}: {user_frame(n)}" for n in ended) + branch,
         approximated=(*plan.replaced, *approximated),
+        outputs=tuple(OutputInfo.of(plan, leaf) for leaf in plan.outputs),
+        stages=stages_of(plan, nodes, repeated, specs, batch),
+        name=type(compiled.model).__name__,
     )
 
 

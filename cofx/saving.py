@@ -6,7 +6,11 @@ import json
 import os
 from typing import TYPE_CHECKING
 
+import torch
+
 from .backends import known_backend
+from .inputs import InputSpec
+from .options import Options
 from .passes.capture import named_tensors
 from .passes.pipeline import Plan
 from .passes.saved_plan import SavedModel, SavedPlanError, decode_plan, encode_plan
@@ -25,11 +29,12 @@ def save_step(step: StepModule, path: str | os.PathLike[str]) -> None:
     """See `StepModule.save`."""
     from safetensors.torch import save
 
-    compiled, reference = step.compiled, step.reference_module
+    compiled, traced, asked = step.compiled, step.traced, step.options
+    reference = step.reference_module
     if isinstance(reference, SavedModel):
         record, extra = reference.record, reference.extra
     else:
-        options = {"equivalence": step._equivalence, "newest": step._newest, "context": step._context}
+        options = {"equivalence": asked.equivalence, "newest": asked.newest, "context": asked.context}
         record, extra = encode_plan(compiled.plan, options, compiled.known_ends())
     named = named_tensors(reference)
     first: dict[int, str] = {}
@@ -40,15 +45,14 @@ def save_step(step: StepModule, path: str | os.PathLike[str]) -> None:
         "plan": record,
         "same": {n: other for n, other in same.items() if n != other},
         "parameters": {n: t.requires_grad for n, t in reference.named_parameters(remove_duplicate=False)},
-        "changed": bool(step._reference),
-        "ticks": step._ticks,
+        "ticks": traced.ticks,
         "batch": compiled.batch,
-        "time_dim": step._time_dim,
-        "batch_dim": step._batch_dim,
-        "clip_length": step._clip_length,
-        "equivalence": step._equivalence,
-        "newest": step._newest,
-        "context": step._context,
+        "time_dim": asked.time_dim,
+        "batch_dim": asked.batch_dim,
+        "clip_length": asked.clip_length,
+        "equivalence": asked.equivalence,
+        "newest": asked.newest,
+        "context": asked.context,
     }
     data = save(
         {k: t.detach().contiguous().clone() for k, t in tensors.items()},
@@ -71,8 +75,9 @@ def load(path: str | os.PathLike[str], *, backend: str = "eager") -> StepModule:
         OSError: it cannot be read.
     """
     from .step_module import StepModule
+    from .tracing import Traced
 
-    backend = known_backend(backend)
+    known_backend(backend)
     name = os.fspath(path)
     try:
         tensors, about = read_tensors(name, KEY, "torch")
@@ -82,18 +87,21 @@ def load(path: str | os.PathLike[str], *, backend: str = "eager") -> StepModule:
         extra = {k: t for k, t in tensors.items() if not k.startswith(PARAMETER)}
         own |= {n: own[other] for n, other in about["same"].items()}
         model = SavedModel(own, about["parameters"], about["plan"], extra).eval()
-        newest = "last" if about["newest"] else "all"
-        step = StepModule(
-            model,
+        options = Options(
             about["time_dim"],
             about["batch_dim"],
             about["clip_length"],
             about["equivalence"],
-            newest,
+            "last" if about["newest"] else "all",
             context=about["context"],
             backend=backend,
         )
-        step._restore(saved_plan(model, about["batch"]), about["ticks"], about["batch"], bool(about["changed"]))
+        plan = saved_plan(model, about["batch"])
+        spec = InputSpec.of(plan)
+        sizes = zip(spec.sizes(about["ticks"]), spec.dtypes, strict=True)
+        example = tuple(torch.zeros(shape, dtype=dtype, device=spec.device) for shape, dtype in sizes)
+        step = StepModule(model, options)
+        step.restore(Traced(plan, None, example, about["ticks"], about["batch"]))
     except (KeyError, ValueError, TypeError, AttributeError) as error:
         if isinstance(error, InputError | SavedPlanError):
             raise

@@ -2,71 +2,36 @@
 
 from __future__ import annotations
 
-import contextlib
-import contextvars
-import fnmatch
 import functools
 import os
-import tempfile
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
 from fractions import Fraction
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from .backends import known_backend
+from .call_modes import call_mode, current_mode, known_mode
 from .compiled import Compiled
-from .inputs import check_runs, make_clock
+from .exporting import export, export_quantized
+from .inputs import make_clock
 from .lanes import POSITION, Lanes, lanes_of
-from .passes.capture import Clock, untraced
-from .passes.codegen.graph_module import Key
-from .passes.errors import CaptureError
-from .passes.make_continual import make_continual
-from .passes.pipeline import Leaf, Plan, compile_plan
-from .passes.reference import Reference
-from .passes.saved_plan import SavedModel
+from .options import Options, whole
+from .output_info import OutputInfo
+from .passes.codegen.key import Key
 from .report import Report, report, tell_ptflops
 from .runtime.alone import alone, in_use
 from .runtime.errors import InputError, StateError
 from .runtime.lane_layout import LaneLayout
 from .runtime.lane_state import LaneState, lane_indices, take_lanes
 from .runtime.state import StreamState, restore, snapshot
-from .runtime.state_file import HELD, folder_of, read_state, write_state
-from .saving import save_step, saved_plan
+from .runtime.state_file import HELD, read_state, write_state
+from .saving import save_step
+from .tracing import Traced, trace, trace_alone, trace_at
 from .verification import Verification, verify
 
-MODES = ("forward", "forward_step", "forward_steps")
-TRIALS = (16, 32, 64, 128, 256, 512, 1024, 2048, 24, 48, 96, 192)  # clip lengths to trace with where none is given
-
-_mode: contextvars.ContextVar[str | None] = contextvars.ContextVar("cofx_call_mode", default=None)
-_modes: dict[int, str] = {}  # in use anywhere: where there is none, torch.compile need not trace a ContextVar
-
-
-@contextlib.contextmanager
-def call_mode(mode: str) -> Iterator[None]:
-    """Within this context, calling a step model runs `mode`: "forward", "forward_step" or "forward_steps". Nests."""
-    token = _mode.set(_known_mode(mode))
-    _modes[id(token)] = mode
-    try:
-        yield
-    finally:
-        del _modes[id(token)]
-        _mode.reset(token)
-
-
-def _known_mode(mode: str) -> str:
-    if mode not in MODES:
-        raise InputError(f"unknown call mode {mode!r}: one of {', '.join(MODES)}")
-    return mode
-
-
-def _whole(value: Any, least: int) -> bool:
-    """Whether this is a whole number, and at least so large."""
-    return isinstance(value, int) and not isinstance(value, bool) and value >= least
+__all__ = ["OutputInfo", "StepModule", "call_mode", "compile"]
 
 
 def compile(
@@ -99,10 +64,11 @@ def compile(
         context: the most frames, the current one included, that attention without a bound of its own reads. It is then
             approximate. None keeps everything, exactly.
         backend: of steps in mid-stream without gradients: "eager" (torch's own kernels), "inductor" (`torch.compile`,
-            compiled for a while at the first step), "onnxruntime" (in buffers of its own, for each batch size), or
-            "auto": the fastest of those that can run the model here, measured once for a model and machine and then
-            remembered (``COFX_MEASURE=0`` takes ONNX Runtime where it is installed, without measuring). All else, the
-            first frames, chunks, lanes and the end of a stream, runs eagerly.
+            compiled for a while at the first step), "onnxruntime" (in buffers of its own, for each batch size), "c" (C
+            that is generated for the step and compiled on this machine: for small nets), or "auto": the fastest of
+            those that can run the model here, measured once for a model and machine and then remembered
+            (``COFX_MEASURE=0`` takes ONNX Runtime where it is installed, without measuring). All else, the first
+            frames, chunks, lanes and the end of a stream, runs eagerly.
 
     Raises:
         CaptureError: the model cannot be traced.
@@ -110,42 +76,11 @@ def compile(
     """
     if not isinstance(model, nn.Module):
         raise InputError(f"compile takes an nn.Module, not {type(model).__name__}")
-    if window_output not in ("last", "all"):
-        raise InputError(f"window_output is 'last' or 'all', not {window_output!r}")
-    if equivalence not in (None, "stream", "clip", "prefix", "first-clip"):
-        raise InputError(f"equivalence is 'stream', 'clip', 'prefix' or 'first-clip', not {equivalence!r}")
-    given = [nonlocal_ops] if isinstance(nonlocal_ops, str) else list(nonlocal_ops.values())
-    if not set(given) <= {"recompute", "continual", "refuse"}:
-        raise InputError(f"nonlocal_ops is 'recompute', 'continual' or 'refuse', not {nonlocal_ops!r}")
-    for name, number in (("context", context), ("clip_length", clip_length)):
-        if number is not None and not _whole(number, 1):
-            raise InputError(f"{name} is a number of frames, at least 1, not {number!r}")
-    backend = known_backend(backend)
-    step = StepModule(
-        model, time_dim, batch_dim, clip_length, equivalence, window_output, nonlocal_ops, context, backend
-    )
+    options = Options(time_dim, batch_dim, clip_length, equivalence, window_output, nonlocal_ops, context, backend)
+    step = StepModule(model, options)
     if example is not None:
         step.trace(*(example if isinstance(example, (tuple, list)) else (example,)))
     return step
-
-
-@dataclass(frozen=True)
-class OutputInfo:
-    """What holds for one output of a step model, in input frames (ints where whole).
-
-    Attributes:
-        delay: the index of the first step that yields a frame.
-        receptive_field: input frames that one output frame depends on; infinite with memory.
-        stride: input frames per output frame.
-        padding: ``receptive_field - 1 - delay`` (memory left out of the receptive field).
-        equivalence: what holds for it (see docs/design.md).
-    """
-
-    delay: int | Fraction
-    receptive_field: float | int | Fraction
-    stride: int | Fraction
-    padding: int | Fraction
-    equivalence: str
 
 
 class StepModule(nn.Module):
@@ -156,34 +91,17 @@ class StepModule(nn.Module):
     Offline, ``step(clip)`` is ``model(clip)``.
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        time_dim: int | Sequence[int | None],
-        batch_dim: int | Sequence[int | None] | None,
-        clip_length: int | None,
-        equivalence: str | None,
-        window_output: str,
-        nonlocal_ops: str | Mapping[str, str] = "recompute",
-        context: int | None = None,
-        backend: str = "eager",
-    ) -> None:
+    def __init__(self, model: nn.Module, options: Options) -> None:
         super().__init__()
         self.model = model
-        self._backend = backend
-        self._nonlocal_ops, self._context = nonlocal_ops, context
-        self._matched: set[str] = set()  # of the patterns in `nonlocal_ops`
-        self._reference: list[nn.Module] = []  # in place of the model, if clip-wide ops look on the frames so far
         self.training = model.training
-        self._time_dim, self._batch_dim = time_dim, batch_dim
-        self._clip_length, self._equivalence, self._newest = clip_length, equivalence, window_output == "last"
+        self.options = options
         self._call_mode: str | None = None
+        self._traced: Traced | None = None
+        self._compiled: Compiled | None = None
         self._state = StreamState()
         self._lanes: LaneState | None = None  # in place of the state, once lanes go each by itself
-        self._compiled: Compiled | None = None
         self._lane_programs: Lanes | None = None
-        self._example: tuple[torch.Tensor, ...] = ()
-        self._ticks = 0
         self._held: tuple[torch.Tensor, ...] = ()  # the last call's inputs without time, for `flush`
         self._running = False  # within a call
 
@@ -191,93 +109,29 @@ class StepModule(nn.Module):
 
     def trace(self, *example: torch.Tensor) -> None:
         """Trace the model now, from clips of these shapes. The stream starts anew."""
-        clock, ticks = make_clock(example, self._time_dim, self._batch_dim)
-        self._trace(example, clock, self._clip_length or ticks, given=True)
+        self._trace(example, given=True)
 
-    @untraced
-    def _trace(self, example: Sequence[torch.Tensor], clock: Clock, ticks: int, given: bool) -> None:
-        batch = clock.batch(example)
-        wanted = [ticks] if self._clip_length else [ticks, *(ticks * k for k in (2, 4, 8, 16))] if given else TRIALS
-        plan, failure = None, None
-        for n in wanted:
-            try:
-                plan = self._plan(example, clock, n, batch)
-                ticks = n
-                break
-            except CaptureError as error:
-                failure = failure or error
-        if plan is None:
-            assert failure is not None
-            if given:
-                check_runs(self.model, example)
-            raise failure
-        patterns = () if isinstance(self._nonlocal_ops, str) else self._nonlocal_ops
-        if idle := [repr(p) for p in patterns if p not in self._matched]:
-            warnings.warn(f"nonlocal_ops: no op over the whole clip is in, or is, {', '.join(idle)}", stacklevel=5)
-        needs_clip = any(leaf.equivalence in ("clip", "first-clip") for leaf in plan.outputs)
-        if needs_clip and not given and not self._clip_length:
-            reason = next(leaf.reason for leaf in plan.outputs if leaf.clip)
-            raise InputError(
-                f"this model needs whole clips ({reason}), and a frame or chunk does not tell how long they are: "
-                "give compile(..., clip_length=...) or an example clip"
-            )
-        for leaf in plan.outputs:
-            if leaf.equivalence == "first-clip" and self._equivalence is None:
-                warnings.warn(
-                    f"{leaf.node.name} equals model(clip) after the first {ticks} frames and a flush. From then on it "
-                    f"is computed from the last frames of the stream, not of a clip of its own: {leaf.reason} comes "
-                    "after padding or memory, which see where a clip begins. compile(..., equivalence='clip') gives "
-                    "model(last clip) at every step instead, by recomputing each clip; equivalence='first-clip' asks "
-                    "for this one and is silent.",
-                    stacklevel=5,
-                )
-                break
-        self._example = tuple(x.detach() for x in example)
-        self._ticks = ticks
-        compiled = Compiled(self.reference_module, plan, batch, self._backend)
+    def _trace(self, example: Sequence[torch.Tensor], given: bool) -> None:
+        """`given`: the example is a clip; else it is a first frame or chunk."""
+        clock, ticks = make_clock(example, self.options.time_dim, self.options.batch_dim)
+        traced = trace(self.model, example, clock, self.options.clip_length or ticks, self.options, given)
+        if self.options.equivalence is None:
+            _warn_first_clip(traced)
+        if idle := ", ".join(map(repr, self.options.unmatched)):
+            warnings.warn(f"nonlocal_ops: no op over the whole clip is in, or is, {idle}", stacklevel=4)
+        compiled = self._compile(traced)
         compiled.mid_stream.make(example)
-        self._compiled = compiled
-        self._lane_programs = None
+        self._traced, self._compiled, self._lane_programs = traced, compiled, None
         self._place(StreamState())
 
-    def _restore(self, plan: Plan, ticks: int, batch: int, changed: bool) -> None:
-        """Go on with a plan from a file; `changed`: it is not the user's own module that it is of."""
-        self._reference = [self.model] if changed else []
-        self._ticks = ticks
-        self._compiled = compiled = Compiled(self.model, plan, batch, self._backend)
-        sizes = zip(compiled.spec.sizes(ticks), compiled.spec.dtypes, strict=True)
-        self._example = tuple(torch.zeros(s, dtype=d, device=compiled.spec.device) for s, d in sizes)
-        compiled.mid_stream.make(self._example)
+    def _compile(self, traced: Traced) -> Compiled:
+        return Compiled(traced.reference or self.model, traced.plan, traced.batch, self.options.backend)
 
-    @untraced
-    def _plan(self, example: Sequence[torch.Tensor], clock: Clock, ticks: int, batch: int) -> Plan:
-        if isinstance(self.model, SavedModel):
-            return saved_plan(self.model, batch)
-        window = self._clip_length or ticks
-        chosen = [self._nonlocal_ops] if isinstance(self._nonlocal_ops, str) else self._nonlocal_ops.values()
-        reference = None
-        if "continual" in chosen:
-            reference = make_continual(self.model, example, clock, ticks, batch, window, self._choose)
-        self._reference = [] if reference is None else [reference]
-        return self._plan_reference(example, clock, ticks, batch, self._equivalence)
-
-    def _plan_reference(
-        self, example: Sequence[torch.Tensor], clock: Clock, ticks: int, batch: int, equivalence: str | None
-    ) -> Plan:
-        model = self.reference_module
-        plan = compile_plan(model, example, clock, ticks, batch, equivalence, self._newest, self._context, self._choose)
-        replaced = map(str, model.replaced) if self._reference and isinstance(model, Reference) else ()
-        return replace(plan, replaced=tuple(replaced))
-
-    def _choose(self, module: str, op: str) -> str:
-        """What becomes of a clip-wide op of a module."""
-        if isinstance(self._nonlocal_ops, str):
-            return self._nonlocal_ops
-        for pattern, choice in self._nonlocal_ops.items():
-            if fnmatch.fnmatchcase(module, pattern) or fnmatch.fnmatchcase(op, pattern):
-                self._matched.add(pattern)
-                return choice
-        return "recompute"
+    def restore(self, traced: Traced) -> None:
+        """Go on with a model that was traced before, in a file say."""
+        self._compiled = self._compile(traced)
+        self._compiled.mid_stream.make(traced.example)
+        self._traced = traced
 
     @property
     def reference_module(self) -> nn.Module:
@@ -287,7 +141,18 @@ class StepModule(nn.Module):
         (``min(n, clip_length)`` of them, up to the one that they are applied to). It can be run on clips of any length,
         differentiated and fine-tuned.
         """
-        return self._reference[0] if self._reference else self.model
+        return (self._traced and self._traced.reference) or self.model
+
+    @property
+    def traced(self) -> Traced:
+        """The model as it was traced.
+
+        Raises:
+            InputError: nothing has been traced yet.
+        """
+        if self._traced is None:
+            raise untraced_yet()
+        return self._traced
 
     @property
     def compiled(self) -> Compiled:
@@ -297,7 +162,7 @@ class StepModule(nn.Module):
             InputError: nothing has been traced yet.
         """
         if self._compiled is None:
-            raise InputError("nothing has been traced yet: give compile(...) an example, or call the step model first")
+            raise untraced_yet()
         return self._compiled
 
     def _ready(self, inputs: tuple[torch.Tensor, ...], frames: bool, lanes: bool = False) -> Compiled:
@@ -306,13 +171,12 @@ class StepModule(nn.Module):
         `lanes`: for lane programs, which take any number of lanes whatever batch size the model fixes.
         """
         if self._compiled is None:
-            dims = self._time_dim
+            dims = self.options.time_dim
             example = [
                 x.unsqueeze(d if d >= 0 else d + x.dim() + 1) if frames and d is not None else x
                 for x, d in zip(inputs, dims if isinstance(dims, (tuple, list)) else [dims] * len(inputs), strict=True)
             ]
-            clock, ticks = make_clock(example, self._time_dim, self._batch_dim)
-            self._trace(example, clock, self._clip_length or ticks, given=False)
+            self._trace(example, given=False)
         compiled = self.compiled
         batch = compiled.spec.batch_of(inputs, frames)
         if (
@@ -323,8 +187,10 @@ class StepModule(nn.Module):
             and self._state.tensors is None
             and self._lanes is None
         ):
-            plan = self._plan(self._example, compiled.plan.clock, self._ticks, batch)
-            compiled = self._compiled = Compiled(self.reference_module, plan, batch, self._backend)
+            before = self.traced
+            traced = trace_at(self.model, before.example, before.plan.clock, before.ticks, batch, self.options)
+            compiled = self._compile(traced)
+            self._traced, self._compiled = traced, compiled
         return compiled
 
     # -- calls -------------------------------------------------------------------------------------------------------
@@ -536,18 +402,18 @@ class StepModule(nn.Module):
         """The lane programs of the compiled model."""
         compiled = self.compiled
         if self._lane_programs is None or self._lane_programs.source is not compiled:
-            plan = compiled.plan
-            if not plan.capture.symbolic_batch and plan.clock.batch(self._example) != 1:
-                self._lane_programs = Lanes(compiled, Compiled(self.reference_module, self._plan_alone(plan), 1))
-            else:
-                self._lane_programs = Lanes(compiled, compiled)
+            traced, plan = self.traced, compiled.plan
+            one = compiled
+            if not plan.capture.symbolic_batch and plan.clock.batch(traced.example) != 1:
+                one = Compiled(self.reference_module, trace_alone(self.model, traced, self.options), 1)
+            self._lane_programs = Lanes(compiled, one)
         return self._lane_programs
 
     def lane_layout(self, frames_per_step: int | None = None) -> LaneLayout:
         """How its inputs and outputs look with so many frames (default one period), for `cofx.runtime.LanePool`."""
         programs = self._programs()
         ticks = programs.schedule.period if frames_per_step is None else frames_per_step
-        if not _whole(ticks, 1) or ticks % programs.schedule.period:
+        if not whole(ticks, 1) or ticks % programs.schedule.period:
             raise InputError(
                 f"frames_per_step is a multiple of {programs.schedule.period}, the model's period, not {ticks!r}"
             )
@@ -560,16 +426,6 @@ class StepModule(nn.Module):
     def _mark(self) -> Callable[[], None]:
         """Takes calls after this one back."""
         return functools.partial(self.__dict__.update, _state=self._state, _lanes=self._lanes, _held=self._held)
-
-    @untraced
-    def _plan_alone(self, plan: Plan) -> Plan:
-        """The model traced for a batch of one, which each lane then is: it fixes its batch size."""
-        kinds = [leaf.equivalence for leaf in plan.outputs]
-        for wanted in (self._equivalence, kinds[0]):
-            alone = self._plan_reference(self._example, plan.clock, self._ticks, 1, wanted)
-            if [leaf.equivalence for leaf in alone.outputs] == kinds:
-                return alone
-        raise InputError(f"this model fixes its batch size, and for a batch of one it is no {kinds[0]!r}: no lanes")
 
     def _no_lanes(self) -> None:
         if self._lanes is not None:
@@ -690,20 +546,23 @@ class StepModule(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         """What `pickle` and `copy.deepcopy` take: the model, how it was compiled, and a snapshot of the stream."""
-        compiled = self._compiled
-        clock = None if compiled is None else (compiled.plan.clock, compiled.batch)
-        return {**self.__dict__, "_compiled": clock, "_state": self.get_state(), "_lanes": None, "_lane_programs": None,
-                "_reference": [], "_running": False}  # fmt: skip
+        traced = (
+            None
+            if self._traced is None
+            else (self._traced.plan.clock, self._traced.example, self._traced.ticks, self._traced.batch)
+        )
+        return {**self.__dict__, "_traced": traced, "_compiled": None, "_state": self.get_state(), "_lanes": None,
+                "_lane_programs": None, "_running": False}  # fmt: skip
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Trace the model again and go on where the stream was."""
         state = dict(state)
-        traced, stream = state.pop("_compiled"), state.pop("_state")
-        super().__setstate__({**state, "_compiled": None, "_state": StreamState()})  # type: ignore[no-untyped-call]
-        if traced is not None:
-            clock, batch = traced
-            plan = self._plan(self._example, clock, self._ticks, batch)
-            self._compiled = Compiled(self.reference_module, plan, batch, self._backend)
+        before, stream = state.pop("_traced"), state.pop("_state")
+        super().__setstate__({**state, "_traced": None, "_state": StreamState()})  # type: ignore[no-untyped-call]
+        if before is not None:
+            clock, example, ticks, batch = before
+            traced = trace_at(self.model, example, clock, ticks, batch, self.options)
+            self._traced, self._compiled = traced, self._compile(traced)
             self.set_state(stream)
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -769,50 +628,12 @@ class StepModule(nn.Module):
             OnnxError: an op has no ONNX form; the message names it. No file is left behind.
             InputError: `frames_per_step` is no multiple of the period.
         """
-        from .quantize import KINDS, quantize_int8
-
-        if quantize is not None:
-            if quantize not in KINDS:
-                raise InputError(f"quantize is one of {', '.join(KINDS)}, not {quantize!r}")
-            with tempfile.TemporaryDirectory(dir=folder_of(path), prefix=".cofx-") as scratch:
-                full, small = Path(scratch, "full.onnx"), Path(scratch, "small.onnx")
-                self._export(full, frames_per_step, False, opset, controls, longest, plain=True)
-                batches = self.compiled.plan.clock.batch_dims
-                one = [x if b is None else x.narrow(b, 0, 1) for x, b in zip(self._example, batches, strict=True)]
-                found = quantize_int8(full, small, [x.cpu().numpy() for x in one])
-                os.replace(small, path)
-            print(
-                f"int8: differs from full precision by {found['difference']:.3g} (outputs up to {found['largest']:.3g})"
-            )
-        else:
-            self._export(path, frames_per_step, dynamic_batch, opset, controls, longest)
-
-    def _export(
-        self, path: str | os.PathLike[str], frames_per_step: int | None, dynamic_batch: bool, opset: int | None,
-        controls: bool, longest: int | None, plain: bool = False,
-    ) -> None:  # fmt: skip
-        """`to_onnx` in full precision; `plain`: recurrent layers as products, which can be quantised."""
-        from .passes.codegen.onnx import OPSET, export_onnx
-
         programs = self._programs()
-        period = programs.schedule.period
-        if frames_per_step is not None and not (_whole(frames_per_step, 1) and frames_per_step % period == 0):
-            raise InputError(f"frames_per_step is a multiple of {period}, the model's period, not {frames_per_step!r}")
-        if opset is not None and not _whole(opset, OPSET):
-            raise InputError(f"opset is a version of ONNX's operators, {OPSET} or later, not {opset!r}")
-        if longest is not None and not _whole(longest, 1):
-            raise InputError(f"longest is a number of frames, at least 1, not {longest!r}")
-        export_onnx(
-            programs.plan,
-            path,
-            programs.about(),
-            ticks=frames_per_step,
-            dynamic_batch=dynamic_batch,
-            opset=opset,
-            controls=controls,
-            capacity=programs.longest(longest),
-            plain=plain,
-        )
+        if quantize is None:
+            export(programs, path, frames_per_step, dynamic_batch, opset, controls, longest)
+        else:
+            example = self.traced.example
+            export_quantized(programs, path, quantize, example, frames_per_step, opset, controls, longest)
 
     def report(self) -> Report:
         """Multiply-adds per step and per clip, the share that is streamed, bytes of state, and what is recomputed."""
@@ -823,16 +644,16 @@ class StepModule(nn.Module):
     @property
     def call_mode(self) -> str:
         """What calling this model does: "forward", "forward_step" or "forward_steps"."""
-        return (_mode.get() if _modes else None) or self._call_mode or "forward"
+        return current_mode() or self._call_mode or "forward"
 
     @call_mode.setter
     def call_mode(self, mode: str | None) -> None:
-        self._call_mode = None if mode is None else _known_mode(mode)
+        self._call_mode = None if mode is None else known_mode(mode)
 
     @property
     def outputs(self) -> list[OutputInfo]:
         """Delay, receptive field, stride, padding and equivalence of every output leaf."""
-        return [_info(self.compiled.plan, leaf) for leaf in self.compiled.plan.outputs]
+        return [OutputInfo.of(self.compiled.plan, leaf) for leaf in self.compiled.plan.outputs]
 
     @property
     def delay(self) -> int | Fraction:
@@ -863,7 +684,7 @@ class StepModule(nn.Module):
     def clip_length(self) -> int | None:
         """Frames of a clip, for a model that needs whole clips; else None."""
         needs = any(leaf.equivalence in ("clip", "first-clip") for leaf in self.compiled.plan.outputs)
-        return self._ticks if needs else None
+        return self.traced.ticks if needs else None
 
     @property
     def graph_module(self) -> torch.fx.GraphModule:
@@ -881,8 +702,21 @@ class StepModule(nn.Module):
 tell_ptflops(StepModule)
 
 
-def _info(plan: Plan, leaf: Leaf) -> OutputInfo:
-    about = plan.about(leaf.value)
-    if about is None:
-        return OutputInfo(0, 0, 1, 0, "stream")
-    return OutputInfo(about.delay, about.receptive_field, about.stride, about.padding, plan.equivalence(leaf))
+def untraced_yet() -> InputError:
+    """What is told of a step model that has not seen an example."""
+    return InputError("nothing has been traced yet: give compile(...) an example, or call the step model first")
+
+
+def _warn_first_clip(traced: Traced) -> None:
+    """Tell the user, once, of the first output that equals the clip model's for one clip only."""
+    for leaf in traced.plan.outputs:
+        if leaf.equivalence == "first-clip":
+            warnings.warn(
+                f"{leaf.node.name} equals model(clip) after the first {traced.ticks} frames and a flush. From then on "
+                f"it is computed from the last frames of the stream, not of a clip of its own: {leaf.reason} comes "
+                "after padding or memory, which see where a clip begins. compile(..., equivalence='clip') gives "
+                "model(last clip) at every step instead, by recomputing each clip; equivalence='first-clip' asks "
+                "for this one and is silent.",
+                stacklevel=5,
+            )
+            return

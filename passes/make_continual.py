@@ -18,7 +18,7 @@ from torch.utils import _pytree as pytree
 
 from .canonicalize import bind, canonicalize
 from .capture import Capture, Clock, capture
-from .codegen.graph_module import Constants
+from .codegen.constants import Constants
 from .errors import NonLocalError, Refusal, module_path, user_frame
 from .pipeline import ends, not_constant, tensors
 from .propagate_facts import Facts, PerFrame, propagate_facts

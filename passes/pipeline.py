@@ -22,7 +22,7 @@ from torch.utils import _pytree as pytree
 from .build_clips import build_clips
 from .canonicalize import canonicalize
 from .capture import Capture, Clock, Point, capture, named_tensors
-from .codegen.graph_module import Constants
+from .codegen.constants import Constants
 from .compare_lengths import compare_lengths
 from .compare_runs import Runs
 from .drop_caches import Kept, alike_without, dropped

@@ -16,7 +16,7 @@ import torch
 from torch import fx
 
 from .capture import Capture, Clock
-from .codegen.graph_module import Constants
+from .codegen.constants import Constants
 from .errors import NonLocal, Refusal, Refuse
 from .layout import BATCH, TIME, Layout, Unshapeable, dim
 from .registry import (

@@ -1,6 +1,7 @@
 """Steps in mid-stream by other backends than torch's own kernels."""
 
 import copy
+import importlib
 import json
 
 import pytest
@@ -16,6 +17,8 @@ from models import spread
 ort = pytest.importorskip("onnxruntime")
 NO_KERNEL = ("float64_pools", "bfloat16_memory")  # an average pool in float64, a GRU in bfloat16
 STEPS = ("steps", "purity", "snapshot", "aliasing", "clean")
+RESIDENT = {"onnxruntime": "resident_session.SessionResidence", "c": "native.NativeResidence"}
+resident = pytest.mark.parametrize("backend", RESIDENT)  # those that keep the state in buffers of their own
 
 
 def chosen(step):
@@ -62,7 +65,7 @@ def same(got, want):
             torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("backend", ["onnxruntime", "inductor"])
+@pytest.mark.parametrize("backend", ["onnxruntime", "c", "inductor"])
 @torch.no_grad()
 def test_steps_chunks_and_snapshots_in_turn(backend):
     model = net()
@@ -80,9 +83,10 @@ def test_steps_chunks_and_snapshots_in_turn(backend):
     assert chosen(step) == {backend}
 
 
+@resident
 @torch.no_grad()
-def test_a_step_that_is_not_taken_leaves_the_state():
-    step = cofx.compile(net(), CLIP, backend="onnxruntime")
+def test_a_step_that_is_not_taken_leaves_the_state(backend):
+    step = cofx.compile(net(), CLIP, backend=backend)
     steps(step, torch.randn(1, 3, 20))
     before, x = step.get_state(), torch.randn(1, 3)
     for _ in range(3):
@@ -96,20 +100,21 @@ def test_a_step_that_is_not_taken_leaves_the_state():
     same([step.forward_step(x)], [want.forward_step(x)])
 
 
+@resident
 @torch.no_grad()
-def test_a_failed_run_leaves_the_state(monkeypatch):
-    from cofx.runtime.resident import Residence
-
-    step = cofx.compile(net(), CLIP, backend="onnxruntime")
+def test_a_failed_run_leaves_the_state(backend, monkeypatch):
+    module, name = RESIDENT[backend].split(".")
+    home = getattr(importlib.import_module(f"cofx.runtime.{module}"), name)
+    step = cofx.compile(net(), CLIP, backend=backend)
     steps(step, torch.randn(1, 3, 20))
     before, x = step.get_state(), torch.randn(1, 3)
-    real = Residence.step
+    real = home.step
 
     def fails(self, *args):
         real(self, *args)
         raise MemoryError
 
-    monkeypatch.setattr(Residence, "step", fails)
+    monkeypatch.setattr(home, "step", fails)
     with pytest.raises(MemoryError):
         step.forward_step(x)
     monkeypatch.undo()
@@ -117,19 +122,21 @@ def test_a_failed_run_leaves_the_state(monkeypatch):
     assert all(torch.equal(before[k], after[k]) for k in before)
 
 
+@resident
 @torch.no_grad()
-def test_outputs_are_the_callers():
-    step = cofx.compile(net(), CLIP, backend="onnxruntime")
+def test_outputs_are_the_callers(backend):
+    step = cofx.compile(net(), CLIP, backend=backend)
     got = [y for y in steps(step, torch.randn(1, 3, 30)) if y is not None]
     kept = [y.clone() for y in got]
     steps(step, torch.randn(1, 3, 30))
     assert all(torch.equal(a, b) for a, b in zip(got, kept, strict=True))
 
 
+@resident
 @torch.no_grad()
-def test_another_batch_size_and_new_parameters():
+def test_another_batch_size_and_new_parameters(backend):
     model = net()
-    step = cofx.compile(model, CLIP, backend="onnxruntime")
+    step = cofx.compile(model, CLIP, backend=backend)
     steps(step, torch.randn(1, 3, 20))
     step.clean_state()
     clip = torch.randn(3, 3, 30)
@@ -139,16 +146,18 @@ def test_another_batch_size_and_new_parameters():
     same(steps(step, clip), steps(cofx.compile(model, CLIP), clip))
 
 
-def test_gradients_are_torchs():
-    step = cofx.compile(net(), CLIP, backend="onnxruntime")
+@resident
+def test_gradients_are_torchs(backend):
+    step = cofx.compile(net(), CLIP, backend=backend)
     clip = torch.randn(1, 3, 20, requires_grad=True)
     sum(y.sum() for y in steps(step, clip) if y is not None).backward()
     assert clip.grad is not None and step.model.a.weight.grad is not None
 
 
+@resident
 @torch.no_grad()
-def test_copies_go_on_by_themselves():
-    step = cofx.compile(net(), CLIP, backend="onnxruntime")
+def test_copies_go_on_by_themselves(backend):
+    step = cofx.compile(net(), CLIP, backend=backend)
     steps(step, torch.randn(1, 3, 20))
     other, clip = copy.deepcopy(step), torch.randn(1, 3, 9)
     same(steps(other, clip), steps(step, clip))
@@ -158,6 +167,7 @@ def test_copies_go_on_by_themselves():
 def test_auto_measures_once(tmp_path, monkeypatch):
     monkeypatch.setenv("COFX_CACHE", str(tmp_path))
     monkeypatch.setattr(backends, "_compiler", lambda: False)
+    monkeypatch.setattr(backends, "c_compiler", lambda: None)
     step = cofx.compile(net(), CLIP, backend="auto")
     (answer,) = json.loads((tmp_path / "backends.json").read_text()).values()
     assert chosen(step) == {answer}
@@ -219,9 +229,10 @@ class Growing(nn.Module):
         return nn.functional.scaled_dot_product_attention(x, x, x, is_causal=True)
 
 
-def test_what_only_runs_eagerly_says_so():
-    with pytest.warns(UserWarning, match="steps run eagerly, not by onnxruntime: what is kept grows"):
-        step = cofx.compile(Growing().eval(), torch.randn(1, 8, 4), time_dim=1, backend="onnxruntime")
+@resident
+def test_what_only_runs_eagerly_says_so(backend):
+    with pytest.warns(UserWarning, match=f"steps run eagerly, not by {backend}: what is kept grows"):
+        step = cofx.compile(Growing().eval(), torch.randn(1, 8, 4), time_dim=1, backend=backend)
     assert chosen(step) == {"eager"}
 
 
@@ -230,9 +241,11 @@ class NoForm(nn.Module):
         return torch.special.bessel_j0(x)
 
 
-def test_an_op_without_onnx_form():
-    with pytest.raises(cofx.CompileError, match="no ONNX form"), torch.no_grad():
-        cofx.compile(NoForm().eval(), CLIP, backend="onnxruntime")
+@pytest.mark.parametrize(("backend", "why"), [("onnxruntime", "no ONNX form"), ("c", "no form in C")])
+def test_an_op_without_a_form(backend, why):
+    with pytest.raises(cofx.CompileError, match=f"{why}: .*bessel_j0") as raised, torch.no_grad():
+        cofx.compile(NoForm().eval(), CLIP, backend=backend)
+    assert "return torch.special.bessel_j0(x)" in str(raised.value)
 
 
 @torch.no_grad()
@@ -254,7 +267,7 @@ def test_inductor_keeps_pictures_as_it_makes_them():
     assert all(x.is_contiguous(memory_format=torch.channels_last) for x in step._state.apart if x.dim() == 4)
 
 
-@pytest.mark.parametrize("backend", ["onnxruntime", "inductor"])
+@pytest.mark.parametrize("backend", ["onnxruntime", "c", "inductor"])
 @torch.no_grad()
 def test_parameters_that_change_in_mid_stream_are_told(backend):
     """Those that eager programs read as they are, a session has as constants."""

@@ -107,8 +107,9 @@ def net(**kwargs) -> nn.Module:
     return cli_models.Net(**kwargs).eval()
 
 
-def test_inspect() -> None:
-    found = as_json("inspect", "cli_models:Net", *SHAPE, "--nodes")
+def test_inspect(folder: Path) -> None:
+    found = as_json("inspect", "cli_models:Net", *SHAPE, "--nodes", "--html", "report.html")
+    assert "conv1d" in Path("report.html").read_text()
     assert found["outputs"] == [{"equivalence": "stream", "delay": 3, "receptive_field": 5, "stride": 2, "padding": 1}]
     assert {s["name"] for s in found["state"]} == {"state_x", "state_relu"} and found["streamed"] == 1
     assert any("Stream(" in n["fact"] for n in found["nodes"])

@@ -1,6 +1,8 @@
 """What the pages say runs, runs."""
 
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -24,6 +26,14 @@ def test_first_block_of_python_runs(page, capsys):
     if printed:
         plain = [re.sub(r"[\d.]+e-\d+", "small", t).strip() for t in (said, printed)]
         assert plain[0] == plain[1]
+
+
+@pytest.mark.parametrize("script", sorted(p.name for p in (ROOT / "examples").glob("*.py")))
+def test_examples_run_and_are_exact(script):
+    said = subprocess.run([sys.executable, "-P", ROOT / "examples" / script], capture_output=True, text=True)
+    assert said.returncode == 0, said.stderr
+    differences = [float(d) for d in re.findall(r"largest difference.* ([\d.]+e-\d+|0.0)", said.stdout)]
+    assert differences and max(differences) < 1e-5
 
 
 def test_no_page_is_half_merged():

@@ -5,14 +5,14 @@ import torch
 from torch import nn
 
 import cofx
-from cofx.passes.codegen import graph_module
+from cofx.passes.codegen import states
 from contract import compile_case, run_check
 from models import spread
 
 
 @pytest.fixture
 def all_large(monkeypatch):
-    monkeypatch.setattr(graph_module, "_large", lambda value: True)
+    monkeypatch.setattr(states, "_large", lambda value: True)
 
 
 @pytest.mark.parametrize("sample", spread(5))

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 import cofx
-from cofx.passes.codegen.graph_module import Key
+from cofx.passes.codegen.key import Key
 
 
 def targets(step):

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import fx, nn
 
 import cofx
-from cofx.passes.codegen.graph_module import Key
+from cofx.passes.codegen.key import Key
 from cofx.passes.codegen.lower import shapes_of
 from cofx.passes.codegen.orders import Orders
 from cofx.passes.codegen.session import as_module

@@ -7,7 +7,8 @@ import torch
 from torch import nn
 
 import cofx
-from cofx.passes.codegen.graph_module import Key, generate
+from cofx.passes.codegen.graph_module import generate
+from cofx.passes.codegen.key import Key
 from contract import compile_case
 from models import SAMPLES
 from oracle import Oracle

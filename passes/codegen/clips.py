@@ -10,8 +10,8 @@ import torch
 from torch import fx
 
 from ..stream_graph import Clip, Op, Window
+from .builder import Builder
 from .demand import RESHAPES, Box, Part, Piece, find_demands, points, selection_of, shape, sources
-from .graph_module import Builder
 
 aten = torch.ops.aten
 

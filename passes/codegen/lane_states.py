@@ -11,7 +11,7 @@ import torch
 from ...runtime.program import StateSpec
 from ..layout import BATCH, Layout
 from ..schedule_delays import Schedule, schedule_delays
-from .graph_module import state_specs
+from .states import state_specs
 
 if TYPE_CHECKING:
     from ..pipeline import Plan

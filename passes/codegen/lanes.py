@@ -39,9 +39,11 @@ from ..layout import BATCH, Layout
 from ..schedule_delays import Schedule
 from ..symbolic_recurrence import LAYERS
 from .flat import flatten
-from .graph_module import FOREVER, Key, generate, state_specs
+from .graph_module import generate
+from .key import FOREVER, Key
 from .lane_states import POSITION, around_batch, lane_schedule, lane_shape, lane_state_specs, state_layouts
 from .lane_vmap import FRONT, MIXED, Ambiguous, Place, trace_vmapped
+from .states import state_specs
 
 if TYPE_CHECKING:
     from ..pipeline import Leaf, Plan

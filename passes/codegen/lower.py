@@ -25,7 +25,7 @@ from .uniform import Uniform
 from .units import Units
 
 if TYPE_CHECKING:
-    from .graph_module import Constants
+    from .constants import Constants
 
 aten = torch.ops.aten
 

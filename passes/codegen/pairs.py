@@ -16,7 +16,9 @@ from torch.utils import _pytree as pytree
 from ..errors import NonLocal
 from ..layout import BATCH
 from ..stream_graph import Op, StreamGraph, Value, View, Window, positional
-from .graph_module import Builder, Constants, Key
+from .builder import Builder
+from .constants import Constants
+from .key import Key
 
 aten = torch.ops.aten
 MASKED = -1e4  # a score this low or lower has no weight beside one that is not

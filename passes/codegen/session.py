@@ -27,14 +27,14 @@ if TYPE_CHECKING:
     import onnx_ir as ir
     import onnxruntime as ort
 
-    from ...runtime.resident import Room, SessionProgram
+    from ...runtime.resident_session import SessionResidence
     from ..pipeline import Plan
 
 
 def compile_sessions(
     plan: Plan, programs: Sequence[Program], arguments: Sequence[torch.Tensor], frames: int, groups: Sequence[int]
-) -> tuple[list[SessionProgram], list[Room]]:
-    """The programs of a step as sessions of ONNX Runtime, for arguments of just these shapes, and how state is kept.
+) -> SessionResidence:
+    """The programs of a step as sessions of ONNX Runtime, for arguments of just these shapes, with the state's buffers.
 
     Args:
         plan: what they are the programs of, for error messages.
@@ -49,7 +49,7 @@ def compile_sessions(
         InputError: ONNX Runtime has no kernel for an op, or no arrays of a type.
         ImportError: onnxruntime, onnx or onnxscript is not installed.
     """
-    from ...runtime.resident import Room, SessionProgram
+    from ...runtime.resident_session import Room, SessionProgram, SessionResidence
 
     made = [_Phase(p, arguments, frames, alone=len(programs) == 1) for p in programs]
     orders = _orders(made, groups)
@@ -61,7 +61,8 @@ def compile_sessions(
         Room(tuple(x.shape), shape, order, blocked.get(group, 1))
         for x, shape, order, group in zip(arguments[frames:], made[0].rooms, orders, groups, strict=True)
     ]
-    return [SessionProgram(s, p.results, p.after) for s, p in zip(sessions, made, strict=True)], rooms
+    turned = [SessionProgram(s, p.results, p.after) for s, p in zip(sessions, made, strict=True)]
+    return SessionResidence(turned, arguments[:frames], arguments[frames:], rooms, groups)
 
 
 class _Phase:

@@ -1,0 +1,381 @@
+"""The programs of a step as one C file, and how state is kept for them.
+
+Every history is a ring of frames. That of small frames is one tensor to the program: there each frame is written twice,
+``slots`` apart, so that any window of it lies in one piece. What is not a history is a ring of one frame. A step writes
+beside what the state before it is made of, so that this state stays whole until the step after the next.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import fx
+
+from ....runtime.native import Ring
+from ....runtime.program import Program
+from . import views
+from .builder import Builder, Code, NoForm, order_of
+from .core_graph import core_graph
+from .expressions import Load, Value
+from .forms import FORMS
+from .operators import TYPES
+from .products import Kernels, Target
+from .statements import Copy
+from .views import Buffer, View, contiguous
+
+aten = torch.ops.aten
+_SAME = (aten.clone.default, aten.alias.default, aten.view.default, aten.detach.default)
+_NAMES = re.compile(r"\b[A-Za-z_]\w*\b")
+LIMIT = 3000  # loop nests of a step: more take the compiler longer than is worth waiting for
+
+
+@dataclass(frozen=True)
+class Phase:
+    """A program on its way to C.
+
+    Attributes:
+        graph: of few ops.
+        held: the names of the constants that are its last arguments.
+        results: for each output whether there is one.
+    """
+
+    graph: fx.Graph
+    held: list[str]
+    results: list[bool]
+    tensors: Mapping[str, torch.Tensor]
+
+    def placeholders(self) -> list[fx.Node]:
+        """Its arguments."""
+        return [n for n in self.graph.nodes if n.op == "placeholder"]
+
+    def after(self) -> list[fx.Node]:
+        """The parts of the state after it."""
+        returned: Any = self.graph.output_node().args[0]
+        return [_origin(n) for n in returned[len(self.results) :]]
+
+    def outputs(self) -> list[fx.Node]:
+        """What is computed for the caller."""
+        returned: Any = self.graph.output_node().args[0]
+        return [n for n, there in zip(returned, self.results, strict=False) if there]
+
+
+@dataclass(frozen=True)
+class Source:
+    """A step in C.
+
+    Attributes:
+        text: the file.
+        constants: what it reads besides, in the order of its pointers.
+        scratch: bytes for what is in between.
+        rings: how state is kept.
+        results: for each phase the shapes and dtypes of the outputs; None where nothing is due.
+        multiplies: in sums of products, of all phases.
+    """
+
+    text: str
+    constants: list[torch.Tensor]
+    scratch: int
+    rings: list[Ring]
+    results: list[list[tuple[tuple[int, ...], torch.dtype] | None]]
+    multiplies: int
+
+
+def _origin(node: fx.Node) -> fx.Node:
+    """What a node is the same as."""
+    while node.target in _SAME and node.args[0].meta["val"].shape == node.meta["val"].shape:  # type: ignore[union-attr]
+        node = node.args[0]  # type: ignore[assignment]
+    return node
+
+
+def step_source(
+    programs: Sequence[Program], arguments: Sequence[torch.Tensor], frames: int, groups: Sequence[int], target: Target
+) -> Source:
+    """The programs of a step in C, for arguments of just these shapes.
+
+    Args:
+        programs: one for each phase, all on the same state:
+            ``(frames..., parts of the state...) -> (outputs, parts of the state after)``.
+        arguments: of the shapes and dtypes in question.
+        frames: how many of them are not state.
+        groups: for each part which history or state it belongs to.
+        target: what it is compiled for.
+
+    Raises:
+        NoForm: an op has no form in C.
+    """
+    phases = []
+    for program in programs:
+        graph, held = core_graph(program.graph, program.tensors, arguments)
+        results = [y is not None for y in program.graph.output_node().args[0][0]]
+        phases.append(Phase(graph, held, results, program.tensors))
+    for x in arguments:
+        if x.dtype not in TYPES:
+            raise NoForm("a step", f"on {x.dtype}")
+    rings = _rings(phases, arguments, frames, groups)
+    for _ in range(3):  # what comes about in another order once its state does
+        file = _File(phases, arguments, frames, rings, target)
+        natural = [file.natural[i].most_common(1)[0][0] if i in file.natural else r.order for i, r in enumerate(rings)]
+        if natural == [r.order for r in rings]:
+            break
+        rings = [
+            Ring(r.parts, r.shape, r.dtype, r.axis, r.frames, r.slots, o) for r, o in zip(rings, natural, strict=True)
+        ]
+    return file.source()
+
+
+def _pushed(phase: Phase, part: int, frames: int) -> tuple[fx.Node, int, int] | None:
+    """The `cat` that joins frames to a history of which the last are kept, its dimension and how many frames."""
+    state, node = phase.placeholders()[frames + part], phase.after()[part]
+    if node.target is not aten.slice.Tensor or not isinstance(joined := node.args[0], fx.Node):
+        return None
+    if joined.target is not aten.cat.default or joined.args[0][0] is not state:  # type: ignore[index]
+        return None
+    size, rank = joined.meta["val"].shape, joined.meta["val"].dim()
+    dim = int(joined.args[1]) % rank if len(joined.args) > 1 else 0  # type: ignore[call-overload]
+    along, start, stop = (*node.args[1:], 0, None)[:3]
+    new = size[dim] - state.meta["val"].shape[dim]
+    first, last, step = slice(start, stop, node.args[4] if len(node.args) > 4 else 1).indices(size[dim])  # type: ignore[misc]
+    if along % rank != dim or (first, last, step) != (new, size[dim], 1):  # type: ignore[operator]
+        return None
+    return joined, dim, new
+
+
+def _rings(
+    phases: Sequence[Phase], arguments: Sequence[torch.Tensor], frames: int, groups: Sequence[int]
+) -> list[Ring]:
+    """How state is kept: each history in a ring of frames, all else in two places by turns."""
+    rings = []
+    parts = range(len(groups))
+    for group in dict.fromkeys(groups):
+        mine = tuple(i for i in parts if groups[i] == group)
+        example = arguments[frames + mine[0]]
+        shape = tuple(example.shape)
+        new = [_moved(p, mine, frames) for p in phases]
+        if len(mine) > 1 and all(n is not None for n in new):
+            most = max(n for n in new if n is not None)
+            rings.append(Ring(mine, shape, example.dtype, None, len(mine), len(mine) + most, tuple(range(len(shape)))))
+            continue
+        for i in mine:
+            rings.append(_ring(phases, i, arguments[frames + i], frames))
+    return rings
+
+
+def _ring(phases: Sequence[Phase], part: int, example: torch.Tensor, frames: int) -> Ring:
+    """How one part is kept."""
+    shape = tuple(example.shape)
+    kept = [p.after()[part] is p.placeholders()[frames + part] for p in phases]
+    pushes = [None if same else _pushed(p, part, frames) for p, same in zip(phases, kept, strict=True)]
+    dims = {x[1] for x in pushes if x is not None}
+    if len(dims) == 1 and all(same or x is not None for same, x in zip(kept, pushes, strict=True)):
+        axis = dims.pop()
+        slots = shape[axis] + max(x[2] for x in pushes if x is not None)
+        order = tuple(d for d in range(len(shape)) if d != axis)
+        return Ring((part,), shape, example.dtype, axis, shape[axis], slots, order)
+    return Ring((part,), shape, example.dtype, None, 1, 1 if all(kept) else 2, tuple(range(len(shape))))
+
+
+def _moved(phase: Phase, parts: Sequence[int], frames: int) -> int | None:
+    """By how many places a history moves on that is kept frame by frame; None if it does something else."""
+    given, after = phase.placeholders(), phase.after()
+    before = [given[frames + i] for i in parts]
+    now = [after[i] for i in parts]
+    for new in range(len(parts)):
+        if now[: len(parts) - new] == before[new:] and not any(n in before for n in now[len(parts) - new :]):
+            return new
+    return None
+
+
+class _File:
+    """A C file in the making."""
+
+    def __init__(
+        self, phases: Sequence[Phase], arguments: Sequence[torch.Tensor], frames: int, rings: list[Ring], target: Target
+    ) -> None:
+        self.rings, self.frames, self.arguments = rings, frames, arguments
+        self.kernels = Kernels(target)
+        self.constants: dict[int, Buffer] = {}
+        self.natural: dict[int, Counter[tuple[int, ...]]] = {}
+        self.scratch = 0
+        self.results: list[list[tuple[tuple[int, ...], torch.dtype] | None]] = []
+        self.bodies = [self._body(number, phase) for number, phase in enumerate(phases)]
+
+    def _constant(self, name: str, tensor: torch.Tensor) -> Buffer:
+        if id(tensor) not in self.constants:
+            place = f"c{len(self.constants)}_" + re.sub(r"\W", "_", name)
+            if tensor.dtype not in TYPES:
+                raise NoForm("a step", f"with a constant of {tensor.dtype}")
+            self.constants[id(tensor)] = Buffer(place, tensor.dtype, tensor.numel(), tensor.detach().contiguous())
+        return self.constants[id(tensor)]
+
+    def _body(self, number: int, phase: Phase) -> tuple[Code, list[str]]:
+        """The statements of a phase, and its parameters."""
+        code = Code(self.kernels)
+        builder = Builder(code, FORMS)
+        given = phase.placeholders()
+        parameters = []
+        after = phase.after()
+        for i, node in enumerate(given[: self.frames]):
+            x = node.meta["val"]
+            parameters.append(f"const {TYPES[x.dtype]} *restrict x{i}")
+            builder.env[node] = Value(tuple(x.shape), Load(contiguous(Buffer(f"x{i}", x.dtype), x.shape), x.dtype))
+        parts = len(self.arguments) - self.frames
+        for node, name in zip(given[self.frames + parts :], phase.held, strict=True):
+            x = node.meta["val"]
+            place = contiguous(self._constant(name, phase.tensors[name]), x.shape)
+            builder.env[node] = Value(tuple(x.shape), Load(place, x.dtype))
+        pushes: dict[fx.Node, tuple[int, int]] = {}
+        for i, ring in enumerate(self.rings):
+            code.lines += self._opened(i, ring, number)
+            for j, part in enumerate(ring.parts):
+                node = given[self.frames + part]
+                builder.env[node] = Value(ring.shape, Load(_place(i, ring, j), ring.dtype))
+            if ring.axis is not None and (pushed := _pushed(phase, ring.parts[0], self.frames)) is not None:
+                pushes[pushed[0]] = i, pushed[2]
+        for node in phase.graph.nodes:
+            if node in pushes:
+                self._push(builder, node, *pushes[node])
+            elif node.op == "call_function":
+                builder.visit(node)
+        if code.loops > LIMIT:
+            raise NoForm("a step", f"of more than {LIMIT} loops")
+        results: list[tuple[tuple[int, ...], torch.dtype] | None] = []
+        outputs = iter(phase.outputs())
+        for there in phase.results:
+            if not there:
+                results.append(None)
+                continue
+            node = next(outputs)
+            value = builder.of(node)
+            name = f"y{sum(r is not None for r in results)}"
+            parameters.append(f"{TYPES[value.dtype]} *restrict {name}")
+            results.append((value.shape, value.dtype))
+            builder.store(value, contiguous(Buffer(name, value.dtype), value.shape), f"output {node.name}")
+        for i, ring in enumerate(self.rings):
+            self._closed(builder, i, ring, phase, after, set(pushes.values()))
+        self.results.append(results)
+        return code, parameters
+
+    # -- state ---------------------------------------------------------------------------------------------------------
+
+    def _opened(self, i: int, ring: Ring, number: int) -> list[str]:
+        """Where the frames of a ring lie before a step."""
+        kind, size = TYPES[ring.dtype], ring.size
+        text = (
+            f"/* state {i}: {ring.frames} of {ring.slots} frames of {size} */"
+            if ring.frames > 1
+            else f"/* state {i} */"
+        )
+        if ring.axis is not None:
+            return [text, f"{kind} *h{i} = ring{i} + at[{i}] * {size};"]
+        return [
+            text,
+            *(f"{kind} *h{i}_{j} = ring{i} + (at[{i}] + {j}) % {ring.slots} * {size};" for j in range(ring.slots)),
+        ]
+
+    def _push(self, builder: Builder, node: fx.Node, i: int, new: int) -> None:
+        """Write frames into a ring, each in both of its places; the `cat` then lies there."""
+        ring, out = self.rings[i], node.meta["val"]
+        axis = ring.axis
+        assert axis is not None
+        joined: Any = node.args[0]
+        place, at = _window(i, ring, ring.frames + new), ring.frames
+        for x in joined[1:]:
+            value = builder.of(x)
+            if value.dtype != ring.dtype:
+                raise NoForm("aten.cat", "of several types")
+            count = value.shape[axis]
+            builder.store(value, views.slice_(axis, at, count)(place), node.name)
+            self._note(i, [d for d in order_of(value) if d != axis])
+            at += count
+        for j in range(new):
+            slot = f"(at[{i}] + {ring.frames + j})"
+            mirror = f"ring{i} + ({slot} < {ring.slots} ? {slot} + {ring.slots} : {slot} - {ring.slots}) * {ring.size}"
+            builder.code.add(Copy(mirror, f"h{i} + {(ring.frames + j) * ring.size}", ring.size, ring.dtype))
+        builder.env[node] = Value(tuple(out.shape), Load(place, ring.dtype))
+
+    def _closed(
+        self, builder: Builder, i: int, ring: Ring, phase: Phase, after: Sequence[fx.Node], pushed: set[tuple[int, int]]
+    ) -> None:
+        """Write what is new of a ring that is no window, and tell where its frames lie after the step."""
+        new = next((n for number, n in pushed if number == i), 0)
+        if ring.axis is None:
+            given = phase.placeholders()
+            before = [given[self.frames + p] for p in ring.parts]
+            moved = (
+                _moved(phase, ring.parts, self.frames)
+                if len(ring.parts) > 1
+                else int(after[ring.parts[0]] is not before[0])
+            )
+            assert moved is not None
+            new = moved
+            for j in range(new):
+                value = builder.of(after[ring.parts[len(ring.parts) - new + j]])
+                self._note(i, order_of(value))
+                builder.store(value, _place(i, ring, ring.frames + j), f"state {i}")
+        builder.code.lines.append(f"to[{i}] = (at[{i}] + {new}) % {ring.slots};" if new else f"to[{i}] = at[{i}];")
+
+    def _note(self, i: int, order: Sequence[int]) -> None:
+        self.natural.setdefault(i, Counter())[tuple(order)] += 1
+
+    # -- the file -----------------------------------------------------------------------------------------------------
+
+    def source(self) -> Source:
+        """The file and what belongs to it."""
+        buffers = [*self.constants.values(), *self.kernels.packed]
+        used = {name for code, _ in self.bodies for line in code.lines for name in _NAMES.findall(line)}
+        kept = [b for b in buffers if b.name in used]
+        places = {b.name: 3 + len(self.rings) + n for n, b in enumerate(kept)}
+        most = 0
+        functions: list[str] = []
+        for number, (code, parameters) in enumerate(self.bodies):
+            mine = {name for line in code.lines for name in _NAMES.findall(line)}
+            head = ["const int32_t *restrict at = p[k];", "int32_t *restrict to = p[1 - k];"]
+            head += [f"{TYPES[r.dtype]} *ring{i} = p[{3 + i}];" for i, r in enumerate(self.rings)]
+            head += [
+                f"const {TYPES[b.dtype]} *restrict {b.name} = p[{places[b.name]}];" for b in kept if b.name in mine
+            ]
+            room = 0
+            for b in code.scratch:
+                if b.name in mine:
+                    head.append(f"{TYPES[b.dtype]} *restrict {b.name} = (void *)((char *)p[2] + {room});")
+                    room += -(-b.size * b.dtype.itemsize // 64) * 64
+            most = max(most, room)
+            functions += [
+                f"void step_{number}({', '.join(['void *const *restrict p, int k', *parameters])})", "{",
+                *("  " + x for x in (*head, *code.lines)), "}", "",
+            ]  # fmt: skip
+        text = "\n".join([*self._preamble(), *self.kernels.source(), *functions])
+        tensors = [b.tensor for b in kept if b.tensor is not None]
+        return Source(text, tensors, most, self.rings, self.results, self.kernels.multiplies)
+
+    def _preamble(self) -> Iterator[str]:
+        yield (Path(__file__).parent / "kernels.h").read_text()
+        for dtype in (torch.float32, torch.float64):
+            lanes, kind = self.kernels.target.lanes(dtype), TYPES[dtype]
+            yield (
+                f"typedef {kind} {kind}{lanes} __attribute__((vector_size({lanes * dtype.itemsize}), "
+                f"aligned({dtype.itemsize}), may_alias));"
+            )
+        yield ""
+        yield "/* p: where the frames of each ring begin (before and after, by turns), scratch, rings, constants. */"
+        yield ""
+
+
+def _place(i: int, ring: Ring, j: int) -> View:
+    """A part of a ring."""
+    if ring.axis is not None:
+        return _window(i, ring, ring.frames)
+    return views.ordered(Buffer(f"h{i}_{j}", ring.dtype), ring.shape, ring.order)
+
+
+def _window(i: int, ring: Ring, frames: int) -> View:
+    """So many frames of a history, which lie in one piece."""
+    assert ring.axis is not None
+    shape = [frames if d == ring.axis else n for d, n in enumerate(ring.shape)]
+    return views.ordered(Buffer(f"h{i}", ring.dtype), shape, [ring.axis, *ring.order])
