@@ -94,7 +94,8 @@ class NativeResidence:
         """
         Args:
             library: its function ``step_<phase>(pointers, k, frames..., outputs...)`` takes a step from the state whose
-                places are those of number `k` (0 or 1) to one at places of the other number.
+                places are those of number `k` (0 or 1) to one at places of the other number; it returns 0, or 1 if an
+                index is out of range.
             results: for each phase the outputs; None where nothing is due.
             rings: how state is kept.
             constants: what the functions read.
@@ -134,7 +135,11 @@ class NativeResidence:
         return tuple(parts[i] for i in sorted(parts))
 
     def step(self, phase: int, frames: Sequence[torch.Tensor], state: Resident) -> tuple[Sequence[Any], Resident]:
-        """The outputs, which are the caller's, and the state after; None where nothing is due."""
+        """The outputs, which are the caller's, and the state after; None where nothing is due.
+
+        Raises:
+            IndexError: a frame asks for an entry of a table that is not there; the state is as it was.
+        """
         live, k = self.live, state.place
         if state is not live[1] and state is not live[0]:
             raise AssertionError("a state of long ago")
@@ -147,12 +152,13 @@ class NativeResidence:
         function, table, empty = getattr(self.library, f"step_{phase}"), self.table, torch.empty_like
         made = [None if r is None else torch.empty(r[0], dtype=r[1]) for r in results]
         given = frames + sum(y is not None for y in made)
-        function.restype, function.argtypes = None, [ctypes.c_void_p, ctypes.c_int, *[ctypes.c_void_p] * given]
+        function.restype, function.argtypes = ctypes.c_int, [ctypes.c_void_p, ctypes.c_int, *[ctypes.c_void_p] * given]
 
         def several(k: int, *frames: torch.Tensor) -> Sequence[Any]:
             lying = [x if x.is_contiguous() else x.contiguous() for x in frames]
             outputs = [None if like is None else empty(like) for like in made]
-            function(table, k, *[x.data_ptr() for x in lying], *[y.data_ptr() for y in outputs if y is not None])
+            if function(table, k, *[x.data_ptr() for x in lying], *[y.data_ptr() for y in outputs if y is not None]):
+                raise IndexError("index out of range in a table of the model")
             return outputs
 
         if frames != 1 or len(made) != 1 or (like := made[0]) is None:
@@ -162,7 +168,8 @@ class NativeResidence:
             if not frame.is_contiguous():
                 frame = frame.contiguous()
             output = empty(like)
-            function(table, k, frame.data_ptr(), output.data_ptr())
+            if function(table, k, frame.data_ptr(), output.data_ptr()):
+                raise IndexError("index out of range in a table of the model")
             return (output,)
 
         return single

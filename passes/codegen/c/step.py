@@ -210,7 +210,10 @@ class _File:
             place = f"c{len(self.constants)}_" + re.sub(r"\W", "_", name)
             if tensor.dtype not in TYPES:
                 raise NoForm("a step", f"with a constant of {tensor.dtype}")
-            self.constants[id(tensor)] = Buffer(place, tensor.dtype, tensor.numel(), tensor.detach().contiguous())
+            copied = tensor.detach().clone(
+                memory_format=torch.contiguous_format
+            )  # as it is now, like those laid out anew
+            self.constants[id(tensor)] = Buffer(place, tensor.dtype, tensor.numel(), copied)
         return self.constants[id(tensor)]
 
     def _body(self, number: int, phase: Phase) -> tuple[Code, list[str]]:
@@ -347,8 +350,8 @@ class _File:
                     room += -(-b.size * b.dtype.itemsize // 64) * 64
             most = max(most, room)
             functions += [
-                f"void step_{number}({', '.join(['void *const *restrict p, int k', *parameters])})", "{",
-                *("  " + x for x in (*head, *code.lines)), "}", "",
+                f"int step_{number}({', '.join(['void *const *restrict p, int k', *parameters])})", "{",
+                *("  " + x for x in (*head, "int wrong = 0;", *code.lines, "return wrong;")), "}", "",
             ]  # fmt: skip
         text = "\n".join([*self._preamble(), *self.kernels.source(), *functions])
         tensors = [b.tensor for b in kept if b.tensor is not None]

@@ -35,7 +35,7 @@ def _taken(b: Builder, x: Value, indices: Mapping[int, Value], name: str) -> Val
         for _ in behind:
             index = Value((*index.shape, 1), index.expression.through(views.insert(len(index.shape))))
         index = b.spread(index, shape)
-        wrapped = Call(f"{{0}} < 0 ? {{0}} + {size} : {{0}}", (index.expression,), torch.int64, torch.int64)
+        wrapped = Call(f"place({{0}}, {size}, &wrong)", (index.expression,), torch.int64, torch.int64)
         terms.append((wrapped, stride))
     dims = [*(source.dims[d] for d in before), *(one(n, 0) for n in common), *(source.dims[d] for d in behind)]
     return Value(shape, Load(View(source.buffer, source.offset, tuple(dims), tuple(terms)), x.dtype))
@@ -75,9 +75,10 @@ def _gather(b: Builder, node: fx.Node, given: dict[str, Any]) -> Value:
     source = b.lying(x, node.name)
     if len(source.dims[dim]) > 1:
         source = b.put(Value(x.shape, Load(source, x.dtype)), node.name, range(len(x.shape)))
-    stride = source.dims[dim][0][1] if source.dims[dim] else 0
+    size, stride = source.dims[dim][0] if source.dims[dim] else (1, 0)
+    wrapped = Call(f"place({{0}}, {size}, &wrong)", (index.expression,), torch.int64, torch.int64)
     for d, n in enumerate(index.shape):
         source = source if d == dim else views.slice_(d, 0, n)(source)
     dims = [one(n, 0) if d == dim else x for d, (n, x) in enumerate(zip(index.shape, source.dims, strict=True))]
-    found = View(source.buffer, source.offset, tuple(dims), ((index.expression, stride),))
+    found = View(source.buffer, source.offset, tuple(dims), ((wrapped, stride),))
     return Value(index.shape, Load(found, x.dtype))
