@@ -12,6 +12,7 @@ import torch
 
 from .resident import Resident
 
+OUTSIDE = "an index among the inputs lies outside of what it chooses from; the stream is where it was"
 Result = tuple[tuple[int, ...], torch.dtype]  # the shape and the dtype of an output
 
 
@@ -94,8 +95,8 @@ class NativeResidence:
         """
         Args:
             library: its function ``step_<phase>(pointers, k, frames..., outputs...)`` takes a step from the state whose
-                places are those of number `k` (0 or 1) to one at places of the other number; it returns 0, or 1 if an
-                index is out of range.
+                places are those of number `k` (0 or 1) to one at places of the other number. It returns 1 if an
+                index lies outside of what it chooses from.
             results: for each phase the outputs; None where nothing is due.
             rings: how state is kept.
             constants: what the functions read.
@@ -158,7 +159,7 @@ class NativeResidence:
             lying = [x if x.is_contiguous() else x.contiguous() for x in frames]
             outputs = [None if like is None else empty(like) for like in made]
             if function(table, k, *[x.data_ptr() for x in lying], *[y.data_ptr() for y in outputs if y is not None]):
-                raise IndexError("index out of range in a table of the model")
+                raise IndexError(OUTSIDE)
             return outputs
 
         if frames != 1 or len(made) != 1 or (like := made[0]) is None:
@@ -169,7 +170,7 @@ class NativeResidence:
                 frame = frame.contiguous()
             output = empty(like)
             if function(table, k, frame.data_ptr(), output.data_ptr()):
-                raise IndexError("index out of range in a table of the model")
+                raise IndexError(OUTSIDE)
             return (output,)
 
         return single

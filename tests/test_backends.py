@@ -281,3 +281,37 @@ def test_parameters_that_change_in_mid_stream_are_told(backend):
         step.forward_step(clip[:, 0])
     step.refresh()
     torch.testing.assert_close(step.forward_step(clip[:, 0]), model(clip)[:, 0])
+
+
+class Tokens(nn.Module):
+    """Frames that are numbers of rows of a table, and rows picked by each frame."""
+
+    def __init__(self, pick: str) -> None:
+        super().__init__()
+        self.table, self.conv, self.pick = nn.Embedding(10, 8), nn.Conv1d(8, 4, 3), pick
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(batch, time) of integers -> (batch, 4, time - 2)"""
+        rows = self.table(x) if self.pick == "embedding" else self.table.weight[x]
+        if self.pick == "gather":
+            rows = self.table.weight.expand(len(x), -1, -1).gather(1, x[:, :, None].expand(-1, -1, 8))
+        y: torch.Tensor = self.conv(rows.transpose(1, 2))
+        return y
+
+
+@pytest.mark.parametrize("pick", ["embedding", "index", "gather"])
+@torch.no_grad()
+def test_an_index_outside_is_told_and_leaves_the_stream(pick) -> None:
+    torch.manual_seed(0)
+    model, clip = Tokens(pick).eval(), torch.randint(0, 10, (1, 20))
+    step = cofx.compile(model, clip, time_dim=1, backend="c")
+    expected = model(clip)
+    for i in range(6):
+        step.forward_step(clip[:, i])
+    for outside in (10, 1 << 40, -1 if pick != "index" else -11):
+        with pytest.raises(IndexError, match="outside"):
+            step.forward_step(torch.tensor([outside]))
+    torch.testing.assert_close(step.forward_step(clip[:, 6]), expected[:, :, 4])
+    if pick == "index":  # counts from the end
+        last = step.forward_step(clip[:, 7] - 10, update_state=False)
+        torch.testing.assert_close(last, expected[:, :, 5])

@@ -18,7 +18,7 @@ from . import views
 from .expressions import Call, Expression, Load, Number, Value, factors_of
 from .operators import COMPARISONS, DIVISIONS, FLOATS, LOGICAL, TYPES, base_name, operator_text
 from .products import Kernels
-from .statements import Arg, Copy, Reduce, Scan, Store
+from .statements import Arg, Check, Copy, Reduce, Scan, Store
 from .views import Buffer, Change, NoView, View, contiguous
 
 
@@ -57,7 +57,7 @@ class Code:
         self.scratch.append(Buffer(f"t{len(self.scratch)}", dtype, size))
         return self.scratch[-1]
 
-    def add(self, statement: Store | Reduce | Copy | Arg | Scan) -> None:
+    def add(self, statement: Store | Reduce | Check | Copy | Arg | Scan) -> None:
         """The next statement."""
         self.lines += statement.lines()
         self.loops += 1
@@ -200,8 +200,6 @@ class Builder:
         out = node.meta.get("val")
         if isinstance(out, torch.Tensor) and out.dtype not in TYPES:
             raise NoForm(str(node.target), f"gives {out.dtype}")
-        if isinstance(out, torch.Tensor) and not out.numel():
-            raise NoForm(str(node.target), "of no entries")
         if form is not None:
             found = form(self, node, bind(node.target, node.args, node.kwargs))
         elif is_pointwise(node.target):

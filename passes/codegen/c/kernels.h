@@ -28,16 +28,6 @@ INLINE double remainder_d(double a, double b) { double r = fmod(a, b); return r 
 INLINE int64_t remainder_i(int64_t a, int64_t b) { int64_t r = a % b; return r != 0 && (r < 0) != (b < 0) ? r + b : r; }
 INLINE int64_t floor_div_i(int64_t a, int64_t b) { int64_t q = a / b; return a % b != 0 && (a < 0) != (b < 0) ? q - 1 : q; }
 
-/* The place of an index that may count from the end; one that is out of range is told, and reads the first entry. */
-INLINE int64_t place(int64_t i, int64_t size, int *wrong)
-{
-    int64_t at = i < 0 ? i + size : i;
-    if (at >= 0 && at < size)
-        return at;
-    *wrong = 1;
-    return 0;
-}
-
 /* e^x = 2^n e^r, |r| <= log(2) / 2; 2^n in two factors, so that results below the least normal number come out too. */
 INLINE float exp_f(float x)
 {

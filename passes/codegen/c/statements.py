@@ -118,6 +118,26 @@ class Store:
 
 
 @dataclass(frozen=True)
+class Check:
+    """End the step unless all entries lie in ``[low, high)``: nothing may be read at such places.
+
+    What the step has written until then lies beside the state, so that this is whole.
+    """
+
+    value: Value
+    low: int
+    high: int
+
+    def lines(self) -> list[str]:
+        """In C."""
+        leaves = list(self.value.expression.leaves())
+        nest = Nest(self.value.shape, leaves, leaves[0])
+        entry = nest.text(self.value.expression)
+        body = f"outside |= {entry} < {self.low} || {entry} >= {self.high};"
+        return ["{", "int outside = 0;", *nest.open(), "  " * len(nest.loops) + body, "if (outside) return 1;", "}"]
+
+
+@dataclass(frozen=True)
 class Copy:
     """Bytes of a frame into the mirror of its place in a ring."""
 

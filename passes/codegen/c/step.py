@@ -351,7 +351,7 @@ class _File:
             most = max(most, room)
             functions += [
                 f"int step_{number}({', '.join(['void *const *restrict p, int k', *parameters])})", "{",
-                *("  " + x for x in (*head, "int wrong = 0;", *code.lines, "return wrong;")), "}", "",
+                *("  " + x for x in (*head, *code.lines)), "  return 0;", "}", "",
             ]  # fmt: skip
         text = "\n".join([*self._preamble(), *self.kernels.source(), *functions])
         tensors = [b.tensor for b in kept if b.tensor is not None]
@@ -366,7 +366,8 @@ class _File:
                 f"aligned({dtype.itemsize}), may_alias));"
             )
         yield ""
-        yield "/* p: where the frames of each ring begin (before and after, by turns), scratch, rings, constants. */"
+        yield "/* p: where the frames of each ring begin (before and after, by turns), scratch, rings, constants."
+        yield "   A step returns 1, and the state is as it was, if an index lies outside of what it chooses from. */"
         yield ""
 
 

@@ -11,13 +11,19 @@ from torch import fx
 from .. import views
 from ..builder import Builder, NoForm, dim_of, form
 from ..expressions import Call, Load, Value
+from ..statements import Check
 from ..views import View, one
 
 aten = torch.ops.aten
 
 
-def _taken(b: Builder, x: Value, indices: Mapping[int, Value], name: str) -> Value:
-    """``x[:, i, j]``: entries at places that are computed; `indices` of some dimensions, which broadcast together."""
+def _taken(b: Builder, x: Value, indices: Mapping[int, Value], name: str, low: bool = False) -> Value:
+    """``x[:, i, j]``: entries at places that are computed; `indices` of some dimensions, which broadcast together.
+
+    `low`: they may count from the end.
+    """
+    for d, index in indices.items():
+        _check(b, index, x.shape[d], low)
     source = b.lying(x, name)
     if any(len(source.dims[d]) > 1 for d in indices):
         source = b.put(Value(x.shape, Load(source, x.dtype)), name, range(len(x.shape)))
@@ -35,10 +41,21 @@ def _taken(b: Builder, x: Value, indices: Mapping[int, Value], name: str) -> Val
         for _ in behind:
             index = Value((*index.shape, 1), index.expression.through(views.insert(len(index.shape))))
         index = b.spread(index, shape)
-        wrapped = Call(f"place({{0}}, {size}, &wrong)", (index.expression,), torch.int64, torch.int64)
-        terms.append((wrapped, stride))
+        place = index.expression
+        if low:
+            place = Call(f"{{0}} < 0 ? {{0}} + {size} : {{0}}", (place,), torch.int64, torch.int64)
+        terms.append((place, stride))
     dims = [*(source.dims[d] for d in before), *(one(n, 0) for n in common), *(source.dims[d] for d in behind)]
     return Value(shape, Load(View(source.buffer, source.offset, tuple(dims), tuple(terms)), x.dtype))
+
+
+def _check(b: Builder, index: Value, size: int, low: bool = False) -> None:
+    """Let the step end if an index lies outside; of one that is known that is clear before."""
+    least = -size if low else 0
+    view = index.view
+    known = None if view is None or view.buffer is None else view.buffer.tensor
+    if known is None or not bool(((known >= least) & (known < size)).all()):
+        b.code.add(Check(index, least, size))
 
 
 def _integers(b: Builder, index: Value, node: fx.Node) -> Value:
@@ -63,7 +80,7 @@ def _embedding(b: Builder, node: fx.Node, given: dict[str, Any]) -> Value:
 @form(aten.index.Tensor, aten._unsafe_index.Tensor)
 def _index(b: Builder, node: fx.Node, given: dict[str, Any]) -> Value:
     told = {i: _integers(b, b.of(n), node) for i, n in enumerate(given["indices"]) if n is not None}
-    return _taken(b, b.of(given["self"]), told, node.name)
+    return _taken(b, b.of(given["self"]), told, node.name, low=True)
 
 
 @form(aten.gather.default)
@@ -72,13 +89,13 @@ def _gather(b: Builder, node: fx.Node, given: dict[str, Any]) -> Value:
     if not x.shape:
         return x
     dim = dim_of(given["dim"], len(x.shape))
+    _check(b, index, x.shape[dim])
     source = b.lying(x, node.name)
     if len(source.dims[dim]) > 1:
         source = b.put(Value(x.shape, Load(source, x.dtype)), node.name, range(len(x.shape)))
-    size, stride = source.dims[dim][0] if source.dims[dim] else (1, 0)
-    wrapped = Call(f"place({{0}}, {size}, &wrong)", (index.expression,), torch.int64, torch.int64)
+    stride = source.dims[dim][0][1] if source.dims[dim] else 0
     for d, n in enumerate(index.shape):
         source = source if d == dim else views.slice_(d, 0, n)(source)
     dims = [one(n, 0) if d == dim else x for d, (n, x) in enumerate(zip(index.shape, source.dims, strict=True))]
-    found = View(source.buffer, source.offset, tuple(dims), ((wrapped, stride),))
+    found = View(source.buffer, source.offset, tuple(dims), ((index.expression, stride),))
     return Value(index.shape, Load(found, x.dtype))
