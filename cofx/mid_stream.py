@@ -262,9 +262,10 @@ class MidStream:
         parts = self._parts(zeros)
         if backend in RESIDENT:
             home = self._made_home(backend, frames, parts)
+            placed = home.load(parts)
 
-            def resident() -> None:
-                placed = home.load(parts)
+            def resident() -> None:  # from step to step, as a stream goes on
+                nonlocal placed
                 for phase in range(self._period):
                     _, placed = home.step(phase, frames, placed)
 
