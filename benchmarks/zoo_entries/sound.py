@@ -27,7 +27,7 @@ for _activation in ("snakebeta", "snake"):
     add(f"bigvgan/BigVGAN_{_activation}", lambda a=_activation: _bigvgan(a), (1, 6, 24))
 
 
-@entry("speechbrain/UnitHifigan_generator", (1, 6, 24))
+@entry("speechbrain/HifiganGenerator_resblock2", (1, 6, 24))
 def _() -> nn.Module:
     return load("speechbrain.lobes.models.HifiGAN", "HifiganGenerator")(
         6, 1, "2", [[1, 3], [1, 3]], [3, 5], [4, 4], 16, [2, 2]
@@ -169,7 +169,7 @@ def _() -> nn.Module:
     return Call(model, lambda m, x: m.transcribe(x, torch.full((x.shape[0],), x.shape[1] - 4))[0])
 
 
-@entry("torchaudio/Tacotron2_Prenet", (1, 16, 8), time=1)
+@entry("torchaudio/Tacotron2_lstm_postnet", (1, 16, 8), time=1)
 def _() -> nn.Module:
     class Both(nn.Module):
         def __init__(self) -> None:
@@ -189,7 +189,7 @@ def _() -> nn.Module:
     return Call(load("torchaudio.models.wavernn", "UpsampleNetwork")([2, 2], 2, 6, 8, 8), lambda m, x: m(x)[1])
 
 
-@entry("torchaudio/hubert_base", (1, 640), time=1)
+@entry("torchaudio/wav2vec2_feature_extractor", (1, 640), time=1)
 def _() -> nn.Module:
     layers = [(16, 10, 5), (16, 3, 2)]
     make = load("torchaudio.models", "wav2vec2_model")
@@ -224,9 +224,9 @@ for _name, _build in {
             8, 2, kernel_size=3, attention_type="regularMHA", csgu_linear_units=16), lambda m, x: m(x)[0]),
     "ConvolutionModule_causal": lambda: _sb("lobes.models.transformer.Conformer", "ConvolutionModule")(
         8, 5, causal=True),
-    "EnhanceResnet_mask": lambda: _sb("lobes.models.conv_tasnet", "Encoder")(8, 16),
+    "conv_tasnet_Encoder": lambda: _sb("lobes.models.conv_tasnet", "Encoder")(8, 16),
 }.items():  # fmt: skip
-    _wave = _name == "EnhanceResnet_mask"
+    _wave = _name == "conv_tasnet_Encoder"
     add(f"speechbrain/{_name}", _build, (1, 160) if _wave else (1, 24, 8), time=1)
 
 
@@ -237,14 +237,6 @@ class _T(nn.Module):
 
 
 # transformers: codecs, encoders, decoders
-
-
-@entry("transformers/Xcodec_semantic_encoder", (1, 8, 24))
-def _() -> nn.Module:
-    return of("VitsModel", "VitsConfig", hidden_size=8, flow_size=8, num_hidden_layers=1, num_attention_heads=2,
-              ffn_dim=16, upsample_initial_channel=16, upsample_rates=[4, 2], upsample_kernel_sizes=[8, 4],
-              resblock_kernel_sizes=[3, 5], resblock_dilation_sizes=[[1, 3], [1, 3]], spectrogram_bins=9,
-              vocab_size=10).decoder  # type: ignore[return-value]  # fmt: skip
 
 
 @entry("transformers/SeamlessM4T_speech_encoder", (1, 32, 8), time=1)
@@ -268,13 +260,13 @@ def _() -> nn.Module:
     return Call(model, lambda m, x: m(x, use_cache=False).logits)
 
 
-@entry("transformers/Pop2Piano_free_UMT5", (1, 16), time=1, tokens=20)
+@entry("transformers/UMT5_encoder", (1, 16), time=1, tokens=20)
 def _() -> nn.Module:
     return hidden(of("UMT5EncoderModel", "UMT5Config", d_model=16, num_layers=2, num_heads=2, d_ff=32, d_kv=8,
                      vocab_size=20))  # fmt: skip
 
 
-@entry("transformers/Bark_fine_free_GPT", (1, 16), time=1, tokens=16)
+@entry("transformers/Bark_coarse", (1, 16), time=1, tokens=16)
 def _() -> nn.Module:
     model = of("BarkCoarseModel", "BarkCoarseConfig", block_size=64, input_vocab_size=16, output_vocab_size=16,
                num_layers=2, num_heads=2, hidden_size=16)  # fmt: skip
@@ -292,6 +284,6 @@ def _() -> nn.Module:
     return of("WavLMModel", "WavLMConfig", **(SPEECH | {"feat_extract_norm": "layer"})).feature_extractor  # type: ignore
 
 
-@entry("transformers/ConvBert_span", (1, 16), time=1, tokens=20)
+@entry("transformers/ConvBert", (1, 16), time=1, tokens=20)
 def _() -> nn.Module:
     return hidden(of("ConvBertModel", "ConvBertConfig", embedding_size=16, conv_kernel_size=3, **SMALL))

@@ -81,11 +81,6 @@ def _() -> nn.Module:
     return load("torchfcpe.model_conformer_naive", "ConformerNaiveEncoder")(num_layers=1, num_heads=2, dim_model=8)
 
 
-@entry("resemblyzer/VoiceEncoder_lstm", (1, 40, 40), time=1)
-def _() -> nn.Module:
-    return Call(nn.LSTM(40, 16, 2, batch_first=True), lambda m, x: nn.functional.normalize(m(x)[1][0][-1]))
-
-
 @entry("hifi_gan/Generator", (1, 80, 24))
 def _() -> nn.Module:
     settings = load("bigvgan.env", "AttrDict")(
