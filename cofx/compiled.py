@@ -15,11 +15,12 @@ from torch.utils import _pytree as pytree
 
 from .inputs import InputSpec
 from .mid_stream import MidStream
-from .passes.capture import Point, untraced
+from .passes.capture import untraced
 from .passes.changes import version
 from .passes.codegen.graph_module import generate
 from .passes.codegen.key import FOREVER, Key
 from .passes.codegen.states import state_specs
+from .passes.endings import Trace
 from .passes.errors import CompileError, user_frame
 from .passes.pipeline import Leaf, Plan, tensors
 from .runtime.errors import InputError
@@ -318,15 +319,15 @@ class Compiled:
             assert self.plan.ends is not None
             return None if may_end({"ends": self.plan.ends}, ticks) else otherwise
         streams = [
-            (i, leaf.node.meta["val"].shape[v.layout.time], v.layout.time, schedule.length(v, ticks))
+            (i, leaf.node, v.layout.time, schedule.length(v, ticks))
             for i, leaf in enumerate(self.plan.outputs)
             if (v := leaf.value) is not None and not leaf.clip
         ]
         if not streams:
             return None
-        point = Point(capture.points[0].batch, ticks)
-        if capture.symbolic_time and capture.assumed(ticks):
-            pairs = [(capture.sample(size, point), streamed) for _, size, _, streamed in streams]
+        trace = self._trace_at(ticks)
+        if trace is not None:
+            pairs = [(trace.at(trace.size(node, axis), ticks), streamed) for _, node, axis, streamed in streams]
             if all(offline == streamed or max(offline, streamed) <= 0 for offline, streamed in pairs):
                 return None
         line = self.plan.runs.otherwise(ticks)
@@ -341,6 +342,13 @@ class Compiled:
                     f"{offline} frames where the stream has {streamed}"
                 )
         return None
+
+    def _trace_at(self, ticks: int) -> Trace | None:
+        """The trace that holds at so many ticks, if it can be told."""
+        if self.plan.endings is not None:
+            return self.plan.endings.trace(ticks)
+        capture = self.plan.capture
+        return Trace(capture, None) if capture.symbolic_time and capture.assumed(ticks) else None
 
     def known_ends(self) -> dict[str, Any]:
         """At which lengths a stream may not end, for the metadata of a file: see `check_end`.

@@ -248,8 +248,10 @@ class _Loop:
     def _emitted(self, packed: Any) -> list[torch.Tensor | None]:
         if packed is None:
             return [None] * len(self._leaves)
+        spec = self.step.compiled.plan.out_spec
+        places = pytree.tree_leaves(pytree.tree_unflatten(list(range(spec.num_leaves)), spec))
         leaves: list[torch.Tensor | None] = pytree.tree_leaves(packed, is_leaf=lambda x: x is None)
-        return leaves
+        return [x for x, place in zip(leaves, places, strict=True) if place is not None]
 
     def _shifted(
         self, new: list[torch.Tensor | None], tail: list[torch.Tensor | None], anew: bool

@@ -8,10 +8,9 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
-from torch.utils import _pytree as pytree
 
 from .compiled import Compiled
-from .passes.capture import as_for_inference
+from .passes.capture import as_for_inference, tensor_leaves
 from .passes.pipeline import Leaf, clip_of
 from .runtime.errors import InputError
 from .runtime.state import StreamState
@@ -87,7 +86,7 @@ def _pairs(
     """What was streamed beside what it should be: frame by frame, or one for each evaluation of a clip."""
     clip = clip_of(leaf.value)
     if leaf.value is None or clip is None:
-        expected: torch.Tensor = pytree.tree_leaves(model(*inputs))[i]
+        expected: torch.Tensor = tensor_leaves(model(*inputs))[i]
         if leaf.value is None:
             return [(streamed, expected)]
         axis = leaf.value.layout.time
@@ -100,7 +99,7 @@ def _pairs(
     pairs: list[tuple[torch.Tensor | None, torch.Tensor]] = []
     for j, stop in enumerate(stops):
         start = 0 if clip.equivalence == "prefix" else stop - length
-        expected = pytree.tree_leaves(model(*compiled.spec.part(inputs, start, stop - start)))[i]
+        expected = tensor_leaves(model(*compiled.spec.part(inputs, start, stop - start)))[i]
         expected = expected if newest is None else expected.select(newest, -1)
         pairs.append((None if streamed is None or j >= streamed.shape[0] else streamed[j], expected))
     return pairs

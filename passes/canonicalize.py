@@ -15,6 +15,7 @@ from torch import fx
 from torch.fx.node import map_arg
 
 from .capture import Capture, Point
+from .errors import CaptureError
 from .registry import entry
 
 aten = torch.ops.aten
@@ -63,6 +64,9 @@ def canonicalize(capture: Capture) -> fx.Graph:
             args = (*tensors, False, momentum, eps, True)
         if target is aten.convolution.default:
             target, args, kwargs = _as_layer(args, kwargs)
+        if target in _JOINS and (padded := _as_pad(node)) is not None:
+            source, pads, number = padded
+            target, args, kwargs = aten.pad.default, (env[source], pads, "constant", number), {}
         if target in _CONVERSIONS and node.args[0].meta["val"].device == value.device:
             target, args, kwargs = aten.to.dtype, (args[0], value.dtype), {}
         elif target in _FILLS:
@@ -70,12 +74,17 @@ def canonicalize(capture: Capture) -> fx.Graph:
         elif target is aten.copy.default and _alike(node.args[1], value):
             env[node] = args[1]  # all of it is overwritten
             continue
+        elif target in _SHAPED_LIKE:
+            target, args, kwargs = _SHAPED_LIKE[target], (args[0], [Number(s) for s in value.shape]), {}
         elif target in (aten.copy.default, aten.fill.Tensor):
             sizes = [Number(s) for s in value.shape]
             target, args, kwargs = aten.expand.default, (args[1], sizes), {}
         if target is aten.view_as_complex.default:  # the one op that wants the strides that it was traced with
             dense = {"memory_format": torch.contiguous_format}
             args = (_make(graph, node.args[0], aten.clone.default, args, dense, capture),)
+        if target is aten.as_strided.default:
+            args = (_in_memory_order(graph, node, args[0], capture), *args[1:])
+            target, args = _as_windows(node, args, capture) or (target, args)
         new = _make(graph, node, target, args, kwargs, capture)
         env[node] = new
         if written is not None:
@@ -94,6 +103,13 @@ _JOINS = (aten.cat.default, aten.concat.default, aten.concatenate.default)
 
 # a program's tensors need not have the strides that were traced
 _RESHAPES = {aten.view.default: aten.reshape.default, aten._unsafe_view.default: aten.reshape.default}
+
+# of another tensor nothing but its shape is read
+_SHAPED_LIKE = {
+    aten.view_as.default: aten.reshape.default,
+    aten.reshape_as.default: aten.reshape.default,
+    aten.expand_as.default: aten.expand.default,
+}
 
 # tensors of one number, some shaped like another: where the number stands among the arguments
 _FILLS: dict[Any, float | str] = {
@@ -138,6 +154,73 @@ def _as_layer(args: Any, kwargs: Any) -> tuple[Any, Any, Any]:
         return target, (*geometry, given["output_padding"], given["groups"], given["dilation"]), {}
     target = (aten.conv1d.default, aten.conv2d.default, aten.conv3d.default)[rank - 1]
     return target, (*geometry, given["dilation"], given["groups"]), {}
+
+
+def _in_memory_order(graph: fx.Graph, node: fx.Node, source: Any, capture: Capture) -> fx.Node:
+    """What ``as_strided`` reads, in the order in which it was traced to lie in memory, and dense.
+
+    Raises:
+        CaptureError: it reads beyond what it is given.
+    """
+    given = node.args[0]
+    assert isinstance(given, fx.Node)
+    x = given.meta["val"]
+    if not x.is_contiguous() or bind(aten.as_strided.default, node.args, {}).get("storage_offset"):
+        raise CaptureError("as_strided reads a tensor that is no contiguous one from its beginning on")
+    return _make(graph, given, aten.clone.default, (source,), {"memory_format": torch.contiguous_format}, capture)
+
+
+def _as_windows(node: fx.Node, args: Any, capture: Capture) -> tuple[Any, Any] | None:
+    """``as_strided`` that cuts a dimension into windows, its last dimension, as the op that says so."""
+    given: Any = node.args[0]
+
+    def at(numbers: Any) -> list[list[int]]:
+        traced = [s.meta["val"] if isinstance(s, fx.Node) else s for s in numbers]
+        return [[capture.sample(s, p) for p in capture.points] for s in traced]
+
+    size, stride = at(node.args[1]), at(node.args[2])
+    before, steps = at(given.meta["val"].shape), at(given.meta["val"].stride())
+    if len(size) != len(before) + 1:
+        return None
+    cut = [d for d in range(len(before)) if (size[d], stride[d]) != (before[d], steps[d])]
+    dim = cut[0] if cut else len(before) - 1
+    hop = stride[dim][0] // max(steps[dim][0], 1)
+    fits = (
+        len(cut) <= 1
+        and stride[-1] == steps[dim]
+        and stride[dim] == [hop * s for s in steps[dim]]
+        and len(set(size[-1])) == 1
+        and hop > 0
+        and size[dim] == [(n - size[-1][0]) // hop + 1 for n in before[dim]]
+    )
+    return (aten.unfold.default, (args[0], dim, size[-1][0], hop)) if fits else None
+
+
+def _as_pad(node: fx.Node) -> tuple[fx.Node, list[Number], float] | None:
+    """A tensor joined with as many zeros (or another number) as the clip's length asks for, as padding."""
+    parts: Any = node.args[0]
+    others = [n for n in parts if n.target not in _FILLS and n.target is not aten.full.default]
+    if len(others) != 1 or parts.count(others[0]) != 1 or any(_dtype(n) != _dtype(node) for n in parts):
+        return None
+    at, rank = parts.index(others[0]), others[0].meta["val"].dim()
+    dim = bind(node.target, node.args, node.kwargs).get("dim", 0) % rank
+    sizes = [n.meta["val"].shape[dim] for n in parts]
+    numbers = {_filled_with(n) for n in parts if n is not others[0]}
+    if len(numbers) != 1 or not any(isinstance(s, torch.SymInt) for i, s in enumerate(sizes) if i != at):
+        return None
+    pads = [Number(0)] * (2 * (rank - 1 - dim)) + [Number(sum(sizes[:at])), Number(sum(sizes[at + 1 :]))]
+    return others[0], pads, float(numbers.pop())
+
+
+def _dtype(node: fx.Node) -> torch.dtype:
+    dtype: torch.dtype = node.meta["val"].dtype
+    return dtype
+
+
+def _filled_with(node: fx.Node) -> float:
+    """The number of which a tensor is full."""
+    number = _FILLS.get(node.target, "fill_value")
+    return float(bind(node.target, node.args, node.kwargs)[number] if isinstance(number, str) else number)
 
 
 def _as_full(target: Any, args: Any, kwargs: Any, value: torch.Tensor) -> tuple[Any, Any, Any]:

@@ -20,6 +20,7 @@ import traceback
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from types import CodeType
 from typing import Any, ParamSpec, TypeVar
 
 import sympy  # type: ignore[import-untyped]
@@ -161,7 +162,9 @@ def capture(
         ways = [(_export_open, max(2, batch)), (_export_open_time, batch), (_export_open_batch, max(2, batch)),
                 (_export_fixed, batch), (_export_recorded, max(2, batch))]  # fmt: skip
         if like is not None:
-            ways = [w for w in ways if w[0].__name__ == like.way]
+            # where the trace fixed the length it need not be left open again, which costs most
+            fixed = like.way == _export_open.__name__ and not like.symbolic_time
+            ways = [w for w in ways if w[0].__name__ == (_export_open_batch.__name__ if fixed else like.way)]
         if like is not None and closed:
             ways, batch = [(_export_fixed, like.points[0].batch)], like.points[0].batch
         for way, lanes in dict.fromkeys(ways):
@@ -318,6 +321,9 @@ def needs_functionalization(graph: fx.Graph) -> bool:
         if node.target is operator.getitem:
             viewed[node] = node.args[0]
         elif isinstance(node.target, torch._ops.OpOverload):
+            if node.target is torch.ops.aten.detach_.default:  # (of `torch.tensor`) writes no number
+                viewed[node] = node.args[0]
+                continue
             for arg, schema in zip(node.args, node.target._schema.arguments, strict=False):
                 if schema.alias_info is not None and isinstance(arg, fx.Node):
                     (written if schema.alias_info.is_write else viewed)[node] = arg
@@ -375,6 +381,7 @@ def _from_export(
     outputs = program.graph_signature.output_specs
     if any(o.kind.name != "USER_OUTPUT" for o in outputs):
         raise CaptureError("the model changes its buffers or inputs in forward, even in eval mode")
+    out_spec = _tensors_alone(graph, program.call_spec.out_spec)
     symbols = _symbols(placeholders, clock)
     free = {
         axis
@@ -394,7 +401,7 @@ def _from_export(
         graph=graph,
         constants=constants,
         inputs=[env[n].name for n in placeholders],
-        out_spec=program.call_spec.out_spec,
+        out_spec=out_spec,
         points=points,
         sample=Sampler(symbols),
         symbolic_batch=batch,
@@ -406,40 +413,101 @@ def _from_export(
     )
 
 
+def tensor_leaves(outputs: Any) -> list[torch.Tensor]:
+    """The tensors of a module's output, in order."""
+    return [x for x in pytree.tree_leaves(outputs) if isinstance(x, torch.Tensor)]
+
+
+class _Fixed:
+    """What stands in an output's structure for a leaf that is no tensor: None or a number, always the same."""
+
+
+pytree.register_pytree_node(
+    _Fixed,
+    lambda fixed: ([], None),
+    lambda children, value: value,
+    serialized_type_name="cofx.Fixed",
+    to_dumpable_context=lambda value: value,
+    from_dumpable_context=lambda value: value,
+)
+
+
+def _tensors_alone(graph: fx.Graph, spec: pytree.TreeSpec) -> pytree.TreeSpec:
+    """Take leaves that are no tensors out of a graph's outputs; the structure of what is left knows them.
+
+    Raises:
+        CaptureError: one is a number that follows from a size.
+    """
+    node = graph.output_node()
+    leaves: list[Any] = list(node.args[0])  # type: ignore[arg-type]
+    if any(isinstance(x, fx.Node) and not isinstance(x.meta.get("val"), torch.Tensor) for x in leaves):
+        raise CaptureError("the model returns a number that follows from the size of its inputs")
+    rest = iter(leaves)
+
+    def without(part: pytree.TreeSpec) -> pytree.TreeSpec:
+        if part.is_leaf():
+            leaf = next(rest)
+            return part if isinstance(leaf, fx.Node) else pytree.TreeSpec(_Fixed, leaf, [])
+        return pytree.TreeSpec(part.type, part.context, [without(child) for child in part.children()])
+
+    if all(isinstance(x, fx.Node) for x in leaves):
+        return spec
+    node.args = (tuple(x for x in leaves if isinstance(x, fx.Node)),)
+    return without(spec)
+
+
 class Assumptions:
     """Whether what a trace took for certain holds at other lengths too: see `Capture.assumed`."""
 
     def __init__(
         self, program: ExportedProgram, symbols: dict[sympy.Symbol, Callable[[Point], int]], points: list[Point]
     ) -> None:
-        self.symbols, self.point = {str(s): f for s, f in symbols.items()}, points[0]
+        self.symbols, self.point, self._sample = {str(s): f for s, f in symbols.items()}, points[0], Sampler(symbols)
         printer = PythonPrinter()
-        lines: dict[str, Any] = {}
-        sample = Sampler(symbols)
+        branches: dict[str, Any] = {}
+        self._sizes: dict[str, torch.SymInt] = {}
         for symbol, allowed in program.range_constraints.items():
             if symbol in symbols:
                 for op, limit in ((">=", allowed.lower), ("<=", allowed.upper)):
                     if isinstance(limit, sympy.Integer) and not (op == ">=" and limit <= 2):  # torch knows no 0 and 1
-                        lines[f"{symbol} {op} {limit}"] = True
+                        branches[f"{symbol} {op} {limit}"] = True
         for node in program.graph.nodes:
             if "assert" in str(node.target):
                 condition = node.args[0].meta.get("val") if isinstance(node.args[0], fx.Node) else None
                 if isinstance(condition, torch.SymBool):
-                    lines[printer.doprint(condition.node.expr)] = True
-            for size in _sizes(node):
-                seen = {sample(size, p) for p in points if p.batch == points[0].batch}
-                if len(seen) == 1:
-                    lines[printer.doprint(size.node.expr)] = seen.pop()
-        self.code = [(compile(line, "<assumption>", "eval"), value) for line, value in lines.items()]
+                    branches[printer.doprint(condition.node.expr)] = True
+            self._sizes |= {printer.doprint(size.node.expr): size for size in _sizes(node)}
+        self._branches = _compiled(branches)
+        self.know(points)
+
+    def know(self, points: Sequence[Point]) -> None:
+        """Take for certain what is the same at all of these points (of one batch size)."""
+        numbers: dict[str, Any] = {}
+        for line, size in self._sizes.items():
+            seen = {self._sample(size, p) for p in points if p.batch == self.point.batch}
+            if len(seen) == 1:
+                numbers[line] = seen.pop()
+        self._numbers = _compiled(numbers)
 
     def __call__(self, ticks: int) -> bool:
+        return self._hold([*self._branches, *self._numbers], ticks)
+
+    def same_branches(self, ticks: int) -> bool:
+        """Whether the branches hold, whatever the numbers are."""
+        return self._hold(self._branches, ticks)
+
+    def _hold(self, code: list[tuple[CodeType, Any]], ticks: int) -> bool:
         point = Point(self.point.batch, ticks)
         values: dict[str, Any] = {s: f(point) for s, f in self.symbols.items()}
         values["math"] = math
         try:
-            return all(eval(code, values) == wanted for code, wanted in self.code)
+            return all(eval(line, values) == wanted for line, wanted in code)
         except (ArithmeticError, NameError):
             return False
+
+
+def _compiled(lines: dict[str, Any]) -> list[tuple[CodeType, Any]]:
+    return [(compile(line, "<assumption>", "eval"), value) for line, value in lines.items()]
 
 
 def _sizes(node: fx.Node) -> Iterator[torch.SymInt]:

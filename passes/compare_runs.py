@@ -26,7 +26,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from .assertions import truth_without_error
-from .capture import CONGRUENT, TRACING, Capture, Clock, as_for_inference, quiet
+from .capture import CONGRUENT, TRACING, Capture, Clock, as_for_inference, quiet, tensor_leaves
 from .drop_caches import Kept, dropped, kept_by
 from .errors import is_users, line_of
 from .symbolic_recurrence import symbolic_recurrence
@@ -118,7 +118,7 @@ class Runs:
             return run
         except Exception:
             return None
-        run.shapes = [x.shape for x in pytree.tree_leaves(outputs)]
+        run.shapes = [x.shape for x in tensor_leaves(outputs)]
         return run
 
     def kept(self) -> list[Kept]:
@@ -171,6 +171,12 @@ class Runs:
                 break
             self._reference = base, moving
         return self._reference
+
+    def one_length(self) -> bool:
+        """Whether the model can be run where it was traced and at none of the lengths around (an exported program)."""
+        t = self.traced
+        others = {t + d for n in (1, 2, 4, 8, 16, 32, t // 2) for d in (n, -n)} | {2 * t}
+        return self.at(t) is not None and not any(self.at(n) for n in sorted(others) if n > 0 and n != t)
 
     def limit(self) -> tuple[int, str | None] | None:
         """The last length up to which the model does as it was traced, and the line at which it then does otherwise

@@ -12,9 +12,8 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils import _pytree as pytree
 
-from .capture import as_for_inference
+from .capture import as_for_inference, tensor_leaves
 
 Kept = tuple[nn.Module, str]  # a module, and the name of an attribute or buffer of it
 
@@ -52,7 +51,7 @@ def alike_without(model: nn.Module, kept: Sequence[Kept], example: Sequence[torc
     for leave_out in ((), kept):
         with dropped(leave_out), as_for_inference(model), torch.no_grad():
             try:
-                results.append(pytree.tree_leaves(model(*example)))
+                results.append(tensor_leaves(model(*example)))
             except Exception:
                 return False
     return len(results[0]) == len(results[1]) and all(

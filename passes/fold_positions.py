@@ -93,7 +93,7 @@ _PLAIN = {
 # every entry of the result is one of the first argument
 _MOVED = {
     *_PLAIN, aten.select.int, aten.narrow.default, aten.index.Tensor, aten.index_select.default, aten.gather.default,
-    aten.repeat.default, aten.flip.default, aten.roll.default, aten.view_as.default, aten.expand_as.default,
+    aten.repeat.default, aten.flip.default, aten.roll.default,
     aten.flatten.using_ints, aten.unflatten.int,
 }  # fmt: skip
 _COMPARED = {
@@ -163,7 +163,7 @@ def _moved(node: fx.Node, first: Any, of: Ramp, ramps: dict[fx.Node, Ramp]) -> R
             a, b = args["dim0"] % len(before), args["dim1"] % len(before)
             order[a], order[b] = order[b], order[a]
         return Ramp(of.start, of.step, order.index(of.axis))
-    if node.target in (aten.expand.default, aten.expand_as.default):
+    if node.target is aten.expand.default:
         return Ramp(of.start, of.step, of.axis + len(after) - len(before))
     if node.target is aten.slice.Tensor:
         if args["dim"] % len(before) != of.axis:
@@ -178,7 +178,7 @@ def _moved(node: fx.Node, first: Any, of: Ramp, ramps: dict[fx.Node, Ramp]) -> R
         return Ramp(of.start + of.step * args["index"]) if _alike(node, "index") and args["index"] >= 0 else None
     if node.target in (aten.to.dtype, aten._to_copy.default, aten.clone.default):
         return _converted(of, node.meta["val"].dtype)
-    if node.target in _PLAIN | {aten.flatten.using_ints, aten.unflatten.int, aten.view_as.default}:  # a reshape
+    if node.target in _PLAIN | {aten.flatten.using_ints, aten.unflatten.int}:  # a reshape
         for axis, size in enumerate(after):
             if size == before[of.axis] and _outer(node, axis) == _outer(first, of.axis):
                 return Ramp(of.start, of.step, axis) if set(size) != {1} else None

@@ -21,22 +21,24 @@ from torch.utils import _pytree as pytree
 
 from .build_clips import build_clips
 from .canonicalize import canonicalize
-from .capture import Capture, Clock, Point, capture, named_tensors
+from .capture import Capture, Clock, capture, named_tensors
 from .codegen.constants import Constants
 from .compare_lengths import compare_lengths
 from .compare_runs import Runs
 from .drop_caches import Kept, alike_without, dropped
-from .errors import CompileError, NonLocalError, Refusal, RefusedError, module_path, user_frame
+from .endings import Endings, General, Trace, find_general, in_steps
+from .errors import CompileError, NonLocalError, Refusal, RefusedError, module_path
 from .fold_positions import fold_positions
 from .layout import TIME
 from .loops import Loop
 from .place_delays import place_delays
 from .propagate_facts import Facts, propagate_facts
-from .registry import Call, Fact, InClip
+from .registry import Call, Fact, InClip, Static
 from .roll_up_loops import gather_assignments, roll_up_loops
 from .schedule_delays import Schedule, phases, reach, schedule_delays
 from .stream_graph import Clip, Op, Value, View, read
 from .unfold_spectra import unfold_spectra
+from .unskew_distances import unskew_distances
 
 # a stream that does the same again only after more ticks is recomputed over clips where it ends in a clip anyway
 MOST_PHASES = 1 << 14
@@ -131,6 +133,7 @@ class Plan:
         tuple[int, str | None] | None
     )  # the last tick up to which the model does as it was traced, and where it ceases to
     branch: str | None  # a line that does otherwise at other lengths, for which whole clips are recomputed
+    endings: Endings | None = None  # the traces that were put together, if there are several
     replaced: tuple[str, ...] = ()  # what the module that is compiled does otherwise than the user's
     timings: dict[Value, Timing] = field(default_factory=dict)
 
@@ -189,6 +192,11 @@ def compile_plan(
     """
     captured = capture(model, example, clock, ticks, batch)
     graph, facts, constants = _understand(model, captured, clock, context)
+    traces: list[Trace] = []
+    if (general := _general(model, example, clock, captured, graph, facts, batch)) is not None:
+        whole = _understand(model, general.captured, clock, context, general.graph)
+        if _streams(*whole[:2]):
+            captured, traces, (graph, facts, constants) = general.captured, general.traces, whole
 
     def again(longer: int, closed: bool) -> tuple[Capture, fx.Graph]:
         other = capture(model, example, clock, longer, batch, captured, closed)
@@ -200,7 +208,7 @@ def compile_plan(
         unfold_spectra(graph)
         constants = Constants(tensors(model, captured), not_constant(graph, captured))
         facts = propagate_facts(graph, captured, clock, constants, context)
-    leaves = list(pytree.tree_leaves(graph.output_node().args[0]))
+    leaves = _leaves(graph)
     values = _values(facts, leaves, equivalence, newest)
     loops = any(isinstance(n.target, Loop) for n in graph.nodes)
     runs = Runs(model, captured, clock, example, loops)
@@ -221,9 +229,12 @@ def compile_plan(
         facts = propagate_facts(graph, captured, clock, constants, context)
         values = _values(facts, leaves, "clip", newest)
     _check(facts, leaves, values, equivalence, choose)
-    return _plan(
+    plan = _plan(
         graph, captured, clock, constants, facts, leaves, values, limit if branch is None else None, branch, runs
     )
+    if traces and branch is None:
+        plan.endings = Endings(traces, facts, plan.schedule.period)
+    return plan
 
 
 def plan_of(
@@ -280,6 +291,30 @@ def _plan(
     )
 
 
+def _general(
+    model: nn.Module,
+    example: Sequence[torch.Tensor],
+    clock: Clock,
+    captured: Capture,
+    graph: fx.Graph,
+    facts: Facts,
+    batch: int,
+) -> General | None:
+    """A graph that holds at more lengths than this one, where all outputs are streams."""
+    if not captured.symbolic_time or not _streams(graph, facts):
+        return None
+    found = (facts.of[n] for n in pytree.tree_leaves(graph.output_node().args[0]))
+    period = phases(facts.streams, [f for f in found if isinstance(f, Value)])
+    retrace = lambda ticks: capture(model, example, clock, ticks, batch, captured)  # noqa: E731
+    return find_general(captured, facts, period, retrace)
+
+
+def _streams(graph: fx.Graph, facts: Facts) -> bool:
+    """Whether every output is a stream or does not depend on time, and one is a stream."""
+    found = [facts.of[n] for n in pytree.tree_leaves(graph.output_node().args[0])]
+    return all(isinstance(f, (Value, Static)) for f in found) and any(isinstance(f, Value) for f in found)
+
+
 def _word(value: Value) -> str:
     clip = clip_of(value)
     return clip.equivalence if clip else "stream"
@@ -304,6 +339,8 @@ def _branch(
         return runs.otherwise(2 * length) or "(unknown line)"
     if limit is not None and limit[0] < 2 * length and limit[1] is not None:
         return limit[1]
+    if limit == (length, None) and runs.one_length():
+        return f"(it takes clips of {length} frames, and no others)"
     if "prefix" in words:
         first = min(c.first for v in values if (c := clip_of(v)) is not None and c.equivalence == "prefix")
         shorter = range(first, length) if captured.symbolic_time else {first, (first + length) // 2, length - 1}
@@ -311,28 +348,8 @@ def _branch(
             if not captured.assumed(ticks) and (line := runs.otherwise(ticks)) is not None:
                 return line
         for ticks in (*shorter, *range(length, length + 9)) if captured.symbolic_time else ():
-            if (line := _in_steps(facts, captured, ticks)) is not None:
+            if (line := in_steps(facts, Trace(captured, None), ticks)) is not None:
                 return line
-    return None
-
-
-def _in_steps(facts: Facts, captured: Capture, ticks: int) -> str | None:
-    """The user's line at which a size does not follow the length as it does at the sample points: it goes in steps."""
-    point = Point(captured.points[0].batch, ticks)
-    known: dict[Value, int] = {}
-
-    def length(value: Value) -> int:
-        if value not in known:
-            known[value] = value.length(*(map(length, value.length_sources) if value.length_sources else (ticks,)))
-        return known[value]
-
-    for node, fact in facts.of.items():
-        if isinstance(fact, Value):
-            traced = node.meta["val"].shape[fact.layout.time]
-            wanted = fact.layout.sizes(point.batch, length(fact))[fact.layout.time]
-            moves = isinstance(traced, torch.SymInt)
-            if moves and captured.sample(traced, point) != wanted and max(captured.sample(traced, point), wanted) > 0:
-                return user_frame(node)
     return None
 
 
@@ -345,10 +362,21 @@ def _may_be_clips(leaf: fx.Node, branch: str, equivalence: str | None) -> None:
 
 
 def _understand(
-    model: nn.Module, captured: Capture, clock: Clock, context: int | None
+    model: nn.Module, captured: Capture, clock: Clock, context: int | None, graph: fx.Graph | None = None
 ) -> tuple[fx.Graph, Facts, Constants]:
-    """The canonical graph of a capture, with its facts."""
-    graph = canonicalize(captured)
+    """The canonical graph of a capture (`graph`, if it is made already), with its facts."""
+    unskewed = canonicalize(captured)
+    if graph is None and unskew_distances(unskewed, tensors(model, captured)):
+        found = _with_facts(model, captured, clock, context, unskewed)
+        if _streams(*found[:2]):
+            return found
+    return _with_facts(model, captured, clock, context, graph or canonicalize(captured))
+
+
+def _with_facts(
+    model: nn.Module, captured: Capture, clock: Clock, context: int | None, graph: fx.Graph
+) -> tuple[fx.Graph, Facts, Constants]:
+    """A canonical graph in its simplest form, with its facts."""
     gather_assignments(graph)
     fold_positions(graph)
     unfold_spectra(graph)
@@ -362,6 +390,23 @@ def _understand(
 def tensors(model: nn.Module, captured: Capture) -> dict[str, torch.Tensor]:
     """The model's parameters and buffers as they are now, and the constants of its trace."""
     return {**captured.constants, **named_tensors(model)}
+
+
+def _leaves(graph: fx.Graph) -> list[fx.Node]:
+    """The leaves of the model's output.
+
+    Raises:
+        CompileError: one is no tensor.
+    """
+    leaves = pytree.tree_leaves(graph.output_node().args[0])
+    for i, leaf in enumerate(leaves):
+        if not isinstance(leaf, fx.Node):
+            what = repr(leaf)[:60] if isinstance(leaf, (str, bool, int, float, type(None))) else "a number"
+            raise CompileError(
+                f"leaf {i} of the model's output is {what}, not a tensor\n"
+                "    try     a module around it that returns its tensors only"
+            )
+    return leaves
 
 
 def _values(facts: Facts, leaves: list[fx.Node], equivalence: str | None, newest: bool) -> list[Value | None]:

@@ -79,10 +79,14 @@ def _name_convolution(node: fx.Node) -> None:
 def _compare(model: nn.Module, recorded: fx.GraphModule, inputs: Inputs) -> None:
     """Run both on other data of the same shapes."""
     other = tuple(x.flip(tuple(range(x.dim()))) * (0.5 if x.is_floating_point() else 1) for x in inputs)
-    expected, got = (pytree.tree_leaves(m(*(x.clone() for x in other))) for m in (model, recorded))
+    expected, got = (_tensors(m(*(x.clone() for x in other))) for m in (model, recorded))
     for a, b in zip(expected, got, strict=True):
         if a.shape != b.shape or not torch.allclose(a, b, rtol=1e-3, atol=1e-5, equal_nan=True):
             raise CaptureError("part of what the model computes cannot be recorded: it leaves torch in between")
+
+
+def _tensors(outputs: Any) -> list[torch.Tensor]:
+    return [x for x in pytree.tree_leaves(outputs) if isinstance(x, torch.Tensor)]
 
 
 @contextlib.contextmanager

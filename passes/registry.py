@@ -356,7 +356,8 @@ class Call:
         return value.layout[axis] if before == after else from_sizes([after], self.graph.batch)[0]
 
     def length_like(self, wanted: Sizes) -> tuple[Value, Length]:
-        """A value whose length the sizes `wanted` follow, and how: they are its own, or differ by a constant."""
+        """A value whose length the sizes `wanted` follow, and how: they are its own, differ by a constant, or are that
+        rounded to a multiple of something."""
         for value in reversed(self.graph.values):
             if value.lengths == wanted:
                 return value, lambda n: n
@@ -364,6 +365,9 @@ class Call:
             differences = [w - n for w, n in zip(wanted, value.lengths, strict=True)]
             if len(set(value.lengths)) > 1 and len(set(differences)) == 1:
                 return value, functools.partial(operator.add, differences[0])
+        for value in self.graph.inputs:
+            if (rounded := _rounded(value.lengths, wanted)) is not None:
+                return value, rounded
         raise NonLocal("its length follows the clip's in a way that is not understood")
 
     # -- making values -----------------------------------------------------------------------------------------------
@@ -431,16 +435,22 @@ class Call:
         self.graph.ops.append(op)
         return tuple(op.outputs)
 
-    def view(self, value: Value, offset: int, length: Length, fill: Fill | None = None) -> Value:
-        """`value` read at other indices: frame i is frame ``i + offset``, `fill` outside; nothing is computed."""
+    def view(
+        self, value: Value, offset: int, length: Length, fill: Fill | None = None, length_of: Value | None = None
+    ) -> Value:
+        """`value` read at other indices: frame i is frame ``i + offset``, `fill` outside; nothing is computed.
+
+        `length_of`: the value whose length `length` takes, if not its own.
+        """
+        like = length_of or value
         return self.graph.add_value(
             Value(
                 name=self.node.name,
                 layout=value.layout,
                 dtype=value.dtype,
                 rate=value.rate,
-                lengths=tuple(length(n) for n in value.lengths),
-                length_sources=(value,),
+                lengths=tuple(length(n) for n in like.lengths),
+                length_sources=(like,),
                 length=length,
                 producer=View(value, offset, fill),
                 node=self.node,
@@ -534,6 +544,29 @@ class Call:
 def lower_call(b: Any, op: Op, windows: list[Any], span: range, carries: list[fx.Node]) -> Any:
     """The op itself on the windows of its streams: what most ops lower to."""
     return b.call(op, windows)
+
+
+MOST_ROUNDED = 4096
+
+
+def _rounded(lengths: Sizes, wanted: Sizes) -> Length | None:
+    """How sizes follow lengths, if it is by rounding them, and something constant, to a multiple of a number."""
+    differences = [w - n for w, n in zip(wanted, lengths, strict=True)]
+    spread = max(differences) - min(differences)
+    if spread > MOST_ROUNDED:
+        return None
+    for multiple in range(spread + 1, 2 * spread + 2):
+        left = wanted[0] % multiple
+        if all(w % multiple == left for w in wanted):
+            more = max(differences) - left
+            rounded = functools.partial(_round, more, multiple, left)
+            if all(rounded(n) == w for w, n in zip(wanted, lengths, strict=True)):
+                return rounded
+    return None
+
+
+def _round(more: int, multiple: int, left: int, frames: Any) -> Any:
+    return (frames + more) // multiple * multiple + left
 
 
 def _by_dimension(shapes: Sequence[Sequence[int]]) -> list[Sizes]:

@@ -2,7 +2,7 @@
 
 The stock python kernels of ``aten.lstm.input`` and its kin loop over time, which fixes T and makes tracing cost
 O(T); those of a cell are a dozen ops, for each frame of a loop. While tracing they are replaced by ones that only tell
-the shapes; the traced program runs the real kernels.
+the shapes; the traced program runs the real kernels. So is max_pool1d, whose own kernel takes sizes for numbers.
 """
 
 from __future__ import annotations
@@ -39,6 +39,13 @@ def _cell(x: torch.Tensor, hx: torch.Tensor, *params: Any) -> torch.Tensor:
     return hx.new_empty(hx.shape)
 
 
+def _max_pool1d(x: torch.Tensor, kernel_size: Any, stride: Any = (), padding: Any = (0,), dilation: Any = (1,),
+                ceil_mode: bool = False) -> torch.Tensor:  # fmt: skip
+    wide = [[a, *b] if b else [] for a, b in zip((1, 1, 0, 1), (kernel_size, stride, padding, dilation), strict=True)]
+    pooled: torch.Tensor = aten.max_pool2d_with_indices.default(x.unsqueeze(-2), *wide, ceil_mode)[0]
+    return x.new_empty(pooled.squeeze(-2).shape)
+
+
 SHAPE_KERNELS: dict[Any, Callable[..., Any]] = {
     aten.lstm.input: _lstm,
     aten.gru.input: _rnn,
@@ -48,6 +55,7 @@ SHAPE_KERNELS: dict[Any, Callable[..., Any]] = {
     aten.gru_cell.default: _cell,
     aten.rnn_tanh_cell.default: _cell,
     aten.rnn_relu_cell.default: _cell,
+    aten.max_pool1d.default: _max_pool1d,
 }
 
 

@@ -220,3 +220,63 @@ def test_lanes_and_files_stop_at_a_branch(tmp_path) -> None:
     with pytest.raises(cofx.InputError, match="longer than the 100 frames"):
         mine.forward_steps(X[:, :, 100:101].numpy())
     torch.testing.assert_close(torch.from_numpy(mine.flush()), expected[:, :, 99:])
+
+
+@pytest.mark.parametrize(
+    "where_odd",
+    [
+        lambda y: y * 2,
+        lambda y: y * 3 if y.dim() == 3 else y,
+        lambda y: y * torch.tensor([[2.0], [3.0], [4.0]]),
+        lambda y: F.pad(y, (1, 0)),
+        lambda y: y.flip(1),
+    ],
+)
+@pytest.mark.parametrize("frames", [16, 17])
+def test_what_is_no_padding_at_the_end_is_not_put_together(where_odd, frames: int) -> None:
+    """Traces on both sides of a branch differ by more than what one of them leaves away: it is refused, as it was."""
+    model = Net(
+        lambda m, x: where_odd(m.down(x)) if x.shape[2] % 2 else m.down(x) * 1.5, down=nn.Conv1d(3, 3, 2, stride=2)
+    )
+    step = cofx.compile(model, X[:, :, :frames])
+    got = step.forward_steps(X[:, :, : frames + 20], pad_end=True)
+    torch.testing.assert_close(got, model(X[:, :, : frames + 20]))
+    with pytest.raises(cofx.InputError, match="cannot end here"):
+        step.clean_state()
+        step.forward_steps(X[:, :, : frames + 21], pad_end=True)
+
+
+def test_files_end_where_the_step_model_does(tmp_path) -> None:
+    """A stream that was padded where its length is odd ends at any length, in a file and in a graph too."""
+    from models.branches import UNetOdd
+
+    model = UNetOdd().eval()
+    step = cofx.compile(model, X[:, :2, :16])
+    step.save(tmp_path / "step.pt2")
+    step.to_onnx(tmp_path / "step.onnx")
+    for n in (22, 23):
+        want = model(X[:, :2, :n])
+        got = cofx.load(tmp_path / "step.pt2").forward_steps(X[:, :2, :n], pad_end=True)
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+        graph = OnnxStep(tmp_path / "step.onnx").forward_steps(X[:, :2, :n].numpy(), pad_end=True)
+        torch.testing.assert_close(torch.as_tensor(graph), want, rtol=1e-4, atol=1e-5)
+
+
+def test_a_model_of_one_length_is_recomputed() -> None:
+    """An exported program, or a table as long as the clip: a stream of it would end where it begins to be of use."""
+
+    class Memory(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.memory = nn.Conv1d(3, 4, 3, padding=1), nn.GRU(4, 4, batch_first=True)
+            self.table = nn.Parameter(torch.randn(3, 20))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.memory(self.conv(x + self.table).mT)[0].mT
+
+    x = torch.randn(1, 3, 20)
+    for model in (Memory().eval(), torch.export.export(Memory().eval(), (x,)).module()):
+        step = cofx.compile(model, x)
+        assert step.equivalence == "clip" and step.verify(torch.randn(1, 3, 50)).exact
+        with pytest.raises(cofx.RefusedError, match="takes clips of 20 frames, and no others"):
+            cofx.compile(model, x, equivalence="stream")

@@ -232,7 +232,7 @@ def find_reach(evaluator: Evaluator, weights: Value, scores: bool = False) -> Re
     Raises:
         NonLocal: a query reads keys at the end of the clip, or none.
     """
-    parts = _parts(weights)
+    parts = parts_of(weights)
     limit = min((op.limit for v in parts for op in tables_of(v) if op.limit is not None), default=None)
     still = [v for v in parts if not streams_of(v)]
     periodic = any(op.limit is not None or _packet(op) not in _WITHOUT_PERIOD for v in still for op in tables_of(v))
@@ -271,7 +271,7 @@ def find_reach(evaluator: Evaluator, weights: Value, scores: bool = False) -> Re
 
 def alike(evaluator: Evaluator, value: Value, limit: int | None) -> frozenset[Value]:
     """The values among those that a value is made from which depend on nothing but the distance of the two frames."""
-    still = (v for v in _parts(value) if not streams_of(v))
+    still = (v for v in parts_of(value) if not streams_of(v))
     return frozenset(v for v in still if _by_distance(evaluator, v, limit))
 
 
@@ -306,7 +306,7 @@ def _weighed(evaluator: Evaluator, weights: Value, scope: Scope, scores: bool) -
     return last.expand(*last.shape[:-2], rows, columns).reshape(-1, rows, columns).any(0)
 
 
-def _parts(value: Value) -> set[Value]:
+def parts_of(value: Value) -> set[Value]:
     """The values for pairs of frames that a value is made from, itself included."""
     seen: set[Value] = set()
     queue = [value]
@@ -322,7 +322,7 @@ def _parts(value: Value) -> set[Value]:
 def streams_of(value: Value) -> list[tuple[Value, bool]]:
     """The streams from which a value for pairs of frames is made, and whether they are read at the keys."""
     found: dict[tuple[Value, bool], None] = {}
-    for v in sorted(_parts(value), key=lambda v: v.name):
+    for v in sorted(parts_of(value), key=lambda v: v.name):
         assert isinstance(v.producer, Op)
         for i, r in enumerate(v.producer.reads):
             if not r.source.layout.paired and not positional(r.source):

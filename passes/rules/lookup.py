@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from ..layout import Dim, Layout, dim
 from ..registry import Call, Fact, Sample, Static, lower_call, overloads, rule
 from ..stream_graph import Op, Value, Window, read
+from .frames_at import frames_at
 
 aten = torch.ops.aten
 
@@ -58,6 +59,8 @@ def index(call: Call) -> Fact:
             masked_until=int(any(v.indexed for v in streams.values())),
         )  # fmt: skip
     x = call.stream("self")
+    if at == [x.layout.time] and isinstance(call.fact(given[0]), Value):
+        return frames_at(call, x, call.facts[given[0]])
     call.require(all(isinstance(call.fact(n), Static) for n in given), "indices that depend on time")
     call.require(x.layout.time not in at, "chosen frames of the clip are read")
     inner = _broadcast([call.static_layout(n) for n in given], call)

@@ -22,16 +22,21 @@ aten = torch.ops.aten
 def pad(call: Call) -> Fact:
     """``F.pad``: pairs of (left, right) from the last dimension backwards; negative ones crop."""
     x = call.stream("self")
-    amounts = list(call.arg("pad", call.arg("padding")))
+    given = [list(p or q) for p, q in zip(call.sampled("pad"), call.sampled("padding"), strict=True)]
+    amounts = given[0]
     name = call.op_name
     mode = call.arg("mode", "reflect" if "reflection" in name else "replicate" if "replication" in name else "constant")
     rank = len(x.layout)
     pairs = {rank - 1 - i // 2: (amounts[i], amounts[i + 1]) for i in range(0, len(amounts), 2)}
     time = x.layout.time
     left, right = pairs.get(time, (0, 0))
+    ahead = 2 * (rank - 1 - time) + 1
+    ends = {g[ahead] for g in given if ahead < len(g)}  # (by the length modulo something, as up to a multiple)
+    call.require(all(g[:ahead] + g[ahead + 1 :] == amounts[:ahead] + amounts[ahead + 1 :] for g in given),
+                 "how much is padded depends on the clip's length")  # fmt: skip
     call.require(mode != "circular" or (left, right) == (0, 0), "circular padding in time joins the clip's ends")
     elsewhere = {d: p for d, p in pairs.items() if d != time and p != (0, 0)}
-    if (left, right) != (0, 0):
+    if (left, right) != (0, 0) or len(ends) > 1:
         x = call.stream("self", clean=True)
     value = x
     if elsewhere:
@@ -50,7 +55,7 @@ def pad(call: Call) -> Fact:
             lower=lambda b, op, windows, span, _: b.call(op, windows, **{pads: kept}),
             nodes=call.stream_nodes,
         )
-    if (left, right) == (0, 0):
+    if (left, right) == (0, 0) and len(ends) <= 1:
         return value
     assert value.layout[time] == (TIME,)
     fill: Fill | None
@@ -58,9 +63,12 @@ def pad(call: Call) -> Fact:
         number = call.arg("value")
         fill = Constant(0.0 if number is None else number)
     else:
-        fill = Mirror(mode, max(right, 0))
-    if left <= 0 and right <= 0:
+        fill = Mirror(mode, max(0, *ends, right))
+    if left <= 0 and right <= 0 and max(ends, default=0) <= 0:
         fill = None
+    if len(ends) > 1:
+        like, length = call.length_like(call.out_sizes[time])
+        return call.view(value, -left, length, fill, like)
     return call.view(value, -left, lambda frames: frames + left + right, fill)
 
 

@@ -14,12 +14,12 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from ..codegen.pairs import Evaluator, Reach, Scope, alike, evaluate, find_reach, streams_of
+from ..codegen.pairs import Evaluator, Reach, Scope, alike, evaluate, find_reach, frames, parts_of, streams_of
 from ..errors import NonLocal
 from ..layout import KEY, TIME, Dim, Layout, from_sizes
 from ..registry import Call, Fact, Pair, Sample, find_rule, lower_call, overloads, pair_rule, rule
 from ..schedule import Taps
-from ..stream_graph import SAME, Op, Read, Value, Window, read
+from ..stream_graph import SAME, Op, Read, Value, Window, positional, read
 from .slicing import bound
 
 aten = torch.ops.aten
@@ -189,8 +189,28 @@ def lookup(call: Call) -> Fact:
     indices = call.samples[0]["indices"]
     call.require(len(indices) == 1 and isinstance(call.fact(indices[0]), Pair), "indices of several dimensions")
     x = call.facts[indices[0]].value
+    of = call.fact(call.samples[0]["self"])
+    if isinstance(of, Value):
+        return _row_at_distance(call, of, x, indices[0])
     table = call.static_layout(call.samples[0]["self"])
     return make(call, Layout((*x.layout, *table.dims[1:])), [x], nodes=[indices[0]], rows=x, lower=lower_lookup)
+
+
+def _row_at_distance(call: Call, table: Value, at: Value, node: fx.Node) -> Pair:
+    """Rows that are made of positions, looked up at the distances of every two frames."""
+    call.require(positional(table) and table.layout.time == 0 and table.layout.clean, "frames are looked up")
+    call.require(not streams_of(at) and table.rate == at.rate, "frames are looked up at indices that follow the data")
+
+    def lower(b: Any, op: Op, windows: list[Window], span: range, _: Any) -> Any:
+        most = max(b.scope.rows.stop - b.scope.columns.start, b.scope.columns.stop - b.scope.rows.start, 1)
+        rows = frames(b, table, range(most))
+        index = b.aten("clamp.default", windows[0].node, 0, most - 1)
+        return b.aten("index.Tensor", rows, [index])
+
+    value = make(call, Layout((*at.layout, *table.layout.dims[1:])), [at], nodes=[node], rows=at, lower=lower)
+    known = evaluator(call)
+    call.require(value.value in alike(known, value.value, None), "rows are looked up at more than distances")
+    return value
 
 
 def lower_lookup(b: Any, op: Op, windows: list[Window], span: range, _: Any) -> Any:
@@ -209,7 +229,7 @@ def lower_lookup(b: Any, op: Op, windows: list[Window], span: range, _: Any) -> 
     *overloads(
         "view.default reshape.default _unsafe_view.default flatten.using_ints unflatten.int squeeze.default "
         "squeeze.dim squeeze.dims unsqueeze.default permute.default transpose.int swapaxes.default t.default "
-        "mT.default movedim.int movedim.intlist expand.default expand_as.default embedding.default select.int"
+        "mT.default movedim.int movedim.intlist expand.default embedding.default select.int"
     )
 )
 def as_frames(call: Call) -> Fact:
@@ -335,6 +355,7 @@ class _Product:
             return self._of_frames(left, right, added)
         self.call.require(added is None, "weights are multiplied and added to")
         paired = [i for i, f in enumerate(facts) if isinstance(f, Pair)]
+        self.call.require(bool(paired), "a product that sums over the time axis")
         weights, other = values[paired[0]], values[1 - paired[0]]
         assert weights is not None
         row, column = self.terms[paired[0]][weights.layout.time], self.terms[paired[0]][weights.layout.key]
@@ -470,6 +491,8 @@ def summed_up(
     if reach is None:
         assert weights is not None
         reach = find_reach(evaluator(call), weights)
+    beyond = weights is not None and any(no_key_ahead(v) for v in parts_of(weights))
+    call.require(not beyond or reach.ahead <= 0, "there are no embeddings of distances to keys ahead")
     streams = list(dict.fromkeys([*(streams_of(weights) if weights is not None else []), *others]))
     call.require(any(at_keys for _, at_keys in streams), "positions are compared with positions alone")
     back = reach.back if reach.back is not None else None if call.context is None else call.context - 1
@@ -498,6 +521,11 @@ def summed_up(
     assert isinstance(op, Op)
     op.approximate = not everything and reach.back is None
     return value
+
+
+def no_key_ahead(value: Value) -> bool:
+    """Whether entries of keys that lie ahead of their query are not the model's, see unskew_distances.py."""
+    return value.node is not None and bool(value.node.meta.get("no_key_ahead"))
 
 
 def evaluator(call: Call) -> Evaluator:

@@ -21,7 +21,7 @@ aten = torch.ops.aten
     *overloads(
         "view.default reshape.default _unsafe_view.default _reshape_alias.default flatten.using_ints unflatten.int "
         "squeeze.default squeeze.dim squeeze.dims unsqueeze.default view_copy.default squeeze_copy.dim "
-        "unsqueeze_copy.default view_as.default reshape_as.default"
+        "unsqueeze_copy.default"
     )
 )
 def reshaped(call: Call) -> Fact:
@@ -107,7 +107,7 @@ def edge_repeated(call: Call) -> Fact:
     return dataclasses.replace(edge, times=times[0])
 
 
-@rule(*overloads("expand.default expand_as.default broadcast_to.default expand_copy.default"), takes_edges=True)
+@rule(*overloads("expand.default broadcast_to.default expand_copy.default"), takes_edges=True)
 def expand(call: Call) -> Fact:
     """Dimensions of size 1 repeated without copying; time itself cannot be, it is no dimension of size 1."""
     if isinstance(call.fact(call.samples[0]["self"]), (Head, Tail)):

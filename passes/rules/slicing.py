@@ -18,6 +18,7 @@ from ..layout import TIME, Sizes, dim
 from ..registry import Call, Fact, Head, Rolled, Sample, Tail, overloads, rule
 from ..schedule import Taps
 from ..stream_graph import Constant, Value, read
+from .frames_at import frames_at
 from .join import beside
 from .lookup import index_table
 
@@ -75,6 +76,9 @@ def part(call: Call, x: Value, starts: Sizes, ends: Sizes, step: int) -> Fact:
             return Tail("the last frames of the clip are read", of=x, first=tail, count=tail, squeeze=False)
         raise NonLocal("where the slice begins depends on the clip's length")
     if cut is None:
+        if step == 1 and max(abs(n - e) for n, e in zip(x.lengths, ends, strict=True)) < min(x.lengths):
+            like, length = call.length_like(tuple(e - start for e in ends))  # (cut to what a multiple was made of)
+            return call.view(x, start, length, length_of=like)
         count = constant(ends)
         if start == 0 and count is not None and step == 1:
             return Head("the first frames of the clip are read", of=x, count=count)
@@ -189,6 +193,8 @@ def index_select(call: Call) -> Fact:
         return index_table(call)
     x = call.stream("self")
     axis = call.arg("dim") % len(x.layout)
+    if axis == x.layout.time and (at := call.maybe("index")) is not None:
+        return frames_at(call, x, at)
     call.require(axis != x.layout.time, "chosen frames of the clip are read")
     return call.framewise(x.layout.replace(axis, call.resized(x, axis)))
 

@@ -263,7 +263,65 @@ class KeysThatConvolve(nn.Module):
         return torch.bmm(scores.softmax(2), self.v(x))
 
 
+class Skewed(Heads):
+    """Transformer-XL: queries times embeddings of distances, moved to where the keys lie by a pad and a reshape."""
+
+    def __init__(self, ahead: int | None = 0, back: int | None = None) -> None:
+        super().__init__()
+        self.ahead, self.back = ahead, back
+        self.position, self.u, self.v = nn.Linear(4, 4, bias=False), parameter(2, 1, 2), parameter(2, 1, 2)
+
+    def rows(self, t):
+        return torch.arange(t - 1, -1, -1.0)
+
+    def move(self, scores):
+        b, h, t, n = scores.shape
+        return F.pad(scores, (1, 0)).view(b, h, n + 1, t)[:, :, 1:].view_as(scores)
+
+    def attend(self, q, k, v):
+        t = q.shape[2]
+        angle = torch.outer(self.rows(t), torch.tensor([1.0, 0.1]))
+        r = self.position(torch.cat([angle.sin(), angle.cos()], -1)).view(-1, 2, 2)
+        moved = self.move(torch.einsum("bhid,jhd->bhij", q + self.v, r))
+        scores = ((q + self.u) @ k.transpose(-1, -2) + moved[..., :t]) / math.sqrt(2)
+        i = torch.arange(t)
+        mask = torch.zeros(t, t, dtype=torch.bool)
+        if self.ahead is not None:
+            mask = mask | (i[None] - i[:, None] > self.ahead)
+        if self.back is not None:
+            mask = mask | (i[:, None] - i[None] > self.back)
+        return scores.masked_fill(mask, -torch.inf).softmax(-1) @ v
+
+
+class SkewedBothWays(Skewed):
+    """ESPnet's and Conformers': distances to keys behind and ahead."""
+
+    def rows(self, t):
+        return torch.arange(t - 1, -t, -1.0)
+
+
+class SkewedTable(Heads):
+    """Music Transformer: a learned embedding of each distance, the last of them for distance 0."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = parameter(400, 2)
+
+    def attend(self, q, k, v):
+        b, h, t, _ = q.shape
+        scores = q @ self.table[-t:].t()
+        moved = torch.cat([scores.new_zeros(b, h, t, 1), scores], -1).reshape(b, h, t + 1, t)[:, :, 1:]
+        mask = torch.full((t, t), -torch.inf).triu(1)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=moved + mask)
+
+
 SAMPLES = [
+    attention("skewed", Skewed),
+    banded("skewed_band", lambda: Skewed(back=3)),
+    banded("skewed_both_ways", lambda: SkewedBothWays(ahead=2, back=3)),
+    attention("skewed_table", SkewedTable),
+    Sample("attention_skewed_over_the_clip", lambda: Skewed(ahead=None), (2, 9, 4), 1, kind="clip"),
+    Sample("attention_skewed_past_its_distances", lambda: Skewed(ahead=1, back=3), (2, 9, 4), 1, kind="clip"),
     attention("flag", Heads),
     attention("tril", ByTril),
     attention("buffer", ByBuffer),

@@ -126,6 +126,62 @@ class UNetFitted(nn.Module):
         return self.c(torch.cat([fine, coarse], 1))
 
 
+class UNetOdd(nn.Module):
+    """What comes up is padded, or the skip cropped, where the length is odd: by a branch in Python."""
+
+    def __init__(self, crop: bool = False) -> None:
+        super().__init__()
+        self.a, self.b, self.c = nn.Conv1d(2, 3, 3, padding=1), nn.Conv1d(3, 3, 3, padding=1), nn.Conv1d(6, 2, 1)
+        self.down, self.up, self.crop = nn.Conv1d(3, 3, 4, 2, 1), nn.ConvTranspose1d(3, 3, 4, 2, 1), crop
+
+    def forward(self, x):
+        fine = F.relu(self.a(x))
+        coarse = self.up(F.relu(self.b(self.down(fine))))
+        if coarse.shape[2] != fine.shape[2]:
+            if self.crop:
+                fine = fine[:, :, : coarse.shape[2]]
+            else:
+                coarse = F.pad(coarse, (0, fine.shape[2] - coarse.shape[2]))
+        return self.c(torch.cat([fine, coarse], 1))
+
+
+class ToMultiple(nn.Module):
+    """Zeros up to a multiple of all strides together, and cut off again at the end."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.down = nn.ModuleList([nn.Conv1d(2, 3, 2, 2), nn.Conv1d(3, 3, 3, 3)])
+        self.up, self.how = nn.ConvTranspose1d(3, 2, 6, 6), how
+
+    def forward(self, x):
+        n = x.shape[2]
+        if self.how == "pad":
+            y = F.pad(x, (0, -n % 6))
+        elif n % 6 == 0:
+            y = x
+        elif self.how == "pad_if":
+            y = F.pad(x, (0, 6 - n % 6))
+        else:
+            y = torch.cat([x, x.new_zeros(x.shape[0], 2, 6 - n % 6)], 2)
+        for down in self.down:
+            y = torch.tanh(down(y))
+        return self.up(y)[:, :, :n]
+
+
+class GroupsOfThree(nn.Module):
+    """Every three frames as one; what is left over is dropped, or filled up."""
+
+    def __init__(self, fill: bool) -> None:
+        super().__init__()
+        self.linear, self.fill = nn.Linear(6, 4), fill
+
+    def forward(self, x):
+        rest = x.shape[1] % 3
+        if rest:
+            x = F.pad(x, (0, 0, 0, 3 - rest)) if self.fill else x[:, :-rest]
+        return self.linear(x.reshape(x.shape[0], -1, 6))
+
+
 class UNetValid(nn.Module):
     """Without padding: the skip is cropped to the length of what comes up."""
 
@@ -339,7 +395,15 @@ SAMPLES = [
     Sample("join_down_and_up", DownAndUp, (1, 2, 12), length=33, multiple=3),
     Sample("unet_learned", lambda: UNet(learned=True), (1, 2, 16), length=44, multiple=4),
     Sample("unet_pooled", lambda: UNet(learned=False), (1, 2, 16), length=44, multiple=4),
-    Sample("unet_fitted", UNetFitted, (1, 2, 12), length=32, multiple=2),
+    Sample("unet_fitted", UNetFitted, (1, 2, 12), length=33),
+    Sample("unet_padded_where_odd", UNetOdd, (1, 2, 16), length=37),
+    Sample("unet_traced_where_odd", UNetOdd, (1, 2, 15), length=36),
+    Sample("unet_cropped_where_odd", lambda: UNetOdd(crop=True), (1, 2, 16), length=37),
+    Sample("padded_to_a_multiple", lambda: ToMultiple("pad"), (1, 2, 18), length=40, exact=False),
+    Sample("padded_where_no_multiple", lambda: ToMultiple("pad_if"), (1, 2, 18), length=40, exact=False),
+    Sample("zeros_joined_to_a_multiple", lambda: ToMultiple("cat"), (1, 2, 18), length=40, exact=False),
+    Sample("groups_without_the_rest", lambda: GroupsOfThree(fill=False), (2, 12, 2), 1, length=32),
+    Sample("groups_filled_up", lambda: GroupsOfThree(fill=True), (2, 12, 2), 1, length=32, exact=False),
     Sample("unet_valid", UNetValid, (1, 2, 16), length=34, multiple=2),
     Sample("pyramid", Pyramid, (1, 2, 16), length=40, multiple=4),
     Sample(
