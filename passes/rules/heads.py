@@ -35,7 +35,8 @@ class _TalkingHeads(nn.Module):
         scores = self.scores(q @ k.transpose(2, 3))
         mask = torch.ones(x.shape[1], x.shape[1], dtype=torch.bool).triu(1)
         weights = self.weights(scores.masked_fill(mask, -1e9).softmax(-1))
-        return (weights @ v).transpose(1, 2).flatten(2)
+        y: torch.Tensor = (weights @ v).transpose(1, 2).flatten(2)
+        return y
 
 
 SAMPLES = [Sample("talking_heads", _TalkingHeads, (2, 9, 4), 1, unbounded=True)]
