@@ -12,11 +12,13 @@ Each model runs in a process of its own with a time limit. The columns:
     exact        `step.verify` on the example clip and on a longer one
     streamed     the share of multiply-adds in ops that run once per frame
     saved        multiply-adds per clip over multiply-adds per step
-    delay, state in input frames and bytes;  compile, in seconds
+    delay, state in input frames and bytes;  compile, in seconds of processor time
     why          what refused it, or what ended its stream
 
-A row of the results with ``earlier`` is of an earlier build; ``hung`` is said of what took longer than the limit, which
-on a busy machine is the machine's doing as often as the model's.
+    built        the commit that was run (rows without it, or with an older one, were not run anew)
+
+``hung`` is said of what took longer than the limit, which on a busy machine is the machine's doing as often as the
+model's.
 """
 
 from __future__ import annotations
@@ -26,6 +28,7 @@ import importlib
 import json
 import multiprocessing
 import os
+import subprocess
 import sys
 import time
 import traceback
@@ -60,9 +63,9 @@ def measure(entry: Entry) -> dict[str, Any]:
     except Exception as error:
         return row | {"outcome": "unavailable", "why": _short(error), "trace": traceback.format_exc()}
     try:
-        began = time.perf_counter()
+        began = time.process_time()
         step = cofx.compile(model, clip, time_dim=entry.time_dim)
-        row["compile_s"] = round(time.perf_counter() - began, 1)
+        row["compile_s"] = round(time.process_time() - began, 1)
     except cofx.RefusedError as error:
         return row | {"outcome": "refused", "why": _short(error), "trace": str(error)}
     except Exception as error:
@@ -161,19 +164,29 @@ def main() -> None:
         sys.path.append(arguments.packages)
     torch.set_num_threads(1)
     prepare_imports()
+    _ = cofx.compile  # what it imports is imported here, not in each model's process
     words = arguments.words
     entries = [e for e in ENTRIES.values() if not words or any(w.lower() in e.name.lower() for w in words)]
     known = kept_rows() if arguments.resume else {}
     rows = []
     for entry in (e for e in entries if e.name not in known):
         import_package(entry)
-        row = measure(entry) if arguments.here else run(entry, arguments.limit)
+        row = (measure(entry) if arguments.here else run(entry, arguments.limit)) | {"built": build()}
         rows.append(row)
         print(line(row), flush=True)
         if arguments.here and "trace" in row:
             print(row["trace"])
         keep(row)
     print(dict(Counter(r["outcome"] for r in rows)))
+
+
+def build() -> str:
+    """The commit that is run and its date, with a ``+`` if files were changed since."""
+    git = ["git", "-C", str(Path(__file__).parent)]
+    found = subprocess.run([*git, "log", "-1", "--format=%h %cs"], capture_output=True, text=True, check=False).stdout
+    dirty = ("diff", "--quiet", "HEAD", "--", "../cofx", "../passes", "../runtime")
+    changed = subprocess.run([*git, *dirty], check=False)
+    return found.strip() + "+" * (changed.returncode != 0)
 
 
 def import_package(entry: Entry) -> None:

@@ -31,7 +31,7 @@ from rich.table import Table
 from torch import nn
 
 from . import __version__, checkpoints
-from .passes.errors import CaptureError, CompileError
+from .passes.errors import CompileError
 from .runtime.errors import CofxError, InputError
 from .step_module import StepModule, compile
 
@@ -71,24 +71,11 @@ class Source:
         """The step model; the first-clip warning goes to standard error."""
         with _busy("compiling", self.as_json), warnings.catch_warnings(record=True) as told:
             warnings.simplefilter("always")
-            try:
-                step = compile(self.model, self.example, time_dim=self.time_dims, **self.options)
-            except CaptureError:
-                self._run_offline()
-                raise
+            step = compile(self.model, self.example, time_dim=self.time_dims, **self.options)
         for message in told:
             if message.category is UserWarning:
                 err.print(f"note: {message.message}", style="yellow", markup=False)
         return step
-
-    def _run_offline(self) -> None:
-        """Raise `InputError` if it is the model itself that does not take such clips."""
-        try:
-            self.model(*self.example)
-        except Exception as error:
-            shapes = ", ".join("x".join(map(str, x.shape)) for x in self.example)
-            told = (str(error).strip().splitlines() or [""])[0]
-            raise InputError(f"the model itself fails on {shapes}: {type(error).__name__}: {told[:500]}") from error
 
 
 def _source(

@@ -32,7 +32,8 @@ Takes {inputs}: {ticks} frame(s) per call; gives {outputs}, and `<name>_valid`: 
 State is in the open: `state_out_*` of a call is `state_in_*` of the next one; all zeros is a stream that has not begun.
 {controls} step.json has every shape, dtype and delay.
 
-Python (`OnnxStep` does all of this; pip install cofx onnxruntime):
+Python (`OnnxStep` does all of this; `pip install cofx onnxruntime`, or without torch `pip install --no-deps cofx` and
+`pip install numpy onnxruntime safetensors`):
 ```python
 from cofx.runtime import OnnxStep
 step = OnnxStep("step.onnx")

@@ -10,8 +10,10 @@ from pathlib import Path
 import torch
 
 from .lanes import Lanes
+from .options import whole
 from .quantize import KINDS, quantize_int8
 from .runtime.errors import InputError
+from .runtime.state_file import folder_of
 
 
 def export(
@@ -34,10 +36,12 @@ def export(
     from .passes.codegen.onnx import OPSET, export_onnx
 
     period = programs.schedule.period
-    if frames_per_step is not None and (frames_per_step < 1 or frames_per_step % period):
-        raise InputError(f"frames_per_step is a multiple of {period}, the model's period, not {frames_per_step}")
-    if opset is not None and opset < OPSET:
-        raise InputError(f"opset {opset}: {OPSET} is the least")
+    if frames_per_step is not None and not (whole(frames_per_step, 1) and frames_per_step % period == 0):
+        raise InputError(f"frames_per_step is a multiple of {period}, the model's period, not {frames_per_step!r}")
+    if opset is not None and not whole(opset, OPSET):
+        raise InputError(f"opset is a version of ONNX's operators, {OPSET} or later, not {opset!r}")
+    if longest is not None and not whole(longest, 1):
+        raise InputError(f"longest is a number of frames, at least 1, not {longest!r}")
     export_onnx(
         programs.plan,
         path,
@@ -72,7 +76,7 @@ def export_quantized(
         raise InputError(f"quantize is one of {', '.join(KINDS)}, not {kind!r}")
     batches = programs.source.plan.clock.batch_dims
     one = [x if b is None else x.narrow(b, 0, 1) for x, b in zip(example, batches, strict=True)]
-    with tempfile.TemporaryDirectory(dir=Path(path).absolute().parent, prefix=".cofx-") as scratch:
+    with tempfile.TemporaryDirectory(dir=folder_of(path), prefix=".cofx-") as scratch:
         full, small = Path(scratch, "full.onnx"), Path(scratch, "small.onnx")
         export(programs, full, frames_per_step, False, opset, controls, longest, plain=True)
         found = quantize_int8(full, small, [x.cpu().numpy() for x in one])

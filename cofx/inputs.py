@@ -9,8 +9,10 @@ from math import gcd
 from typing import Any
 
 import torch
+from torch import nn
 
-from .passes.capture import Clock
+from .passes.capture import Clock, as_for_inference
+from .passes.errors import raised_at
 from .passes.pipeline import Plan
 from .runtime.errors import InputError
 
@@ -28,6 +30,8 @@ def make_clock(
     for i, x in enumerate(example):
         if not isinstance(x, torch.Tensor):
             raise InputError(f"input {i} is a {type(x).__name__}, not a tensor")
+        if x.layout != torch.strided:
+            raise InputError(f"input {i} is a tensor of layout {x.layout}: give a dense one (to_dense())")
     times = _each("time_dim", time_dim, example)
     batches = _each("batch_dim", batch_dim, example)
     lengths = [x.shape[t] for x, t in zip(example, times, strict=True) if t is not None]
@@ -43,15 +47,33 @@ def make_clock(
     return Clock(times, batches, frames), ticks
 
 
+def check_runs(model: nn.Module, example: Sequence[torch.Tensor]) -> None:
+    """Raise `InputError` if the model itself, offline, does not take this example."""
+    buffers = {n: b.clone() for n, b in model.named_buffers()}  # which forward may write to
+    try:
+        with torch.no_grad(), as_for_inference(model):
+            torch.func.functional_call(model, buffers, tuple(example))
+    except Exception as error:
+        inputs = ", ".join(f"{tuple(x.shape)} of {x.dtype}".replace("torch.", "") for x in example)
+        told = (str(error).strip().splitlines() or [""])[0][:500]
+        where = raised_at(error)
+        lines = [f"the model itself fails on {inputs}: {type(error).__name__}: {told}"]
+        lines += [f"    at      {where}"] if where else []
+        lines += ["    try     an example of the shape, dtype and device that the model takes"]
+        raise InputError("\n".join(lines)) from error
+
+
 def _each(
     name: str, dims: int | Sequence[int | None] | None, example: Sequence[torch.Tensor]
 ) -> tuple[int | None, ...]:
     """One dimension for each input, counted from the front."""
-    given = [dims] * len(example) if dims is None or isinstance(dims, int) else list(dims)
+    given = list(dims) if isinstance(dims, (list, tuple)) else [dims] * len(example)
     if len(given) != len(example):
         raise InputError(f"{name} has {len(given)} entries for {len(example)} inputs")
     out: list[int | None] = []
     for i, (d, x) in enumerate(zip(given, example, strict=True)):
+        if d is not None and (isinstance(d, bool) or not isinstance(d, int)):
+            raise InputError(f"{name} is the number of a dimension, or one (or None) for each input, not {d!r}")
         if d is not None and not -x.dim() <= d < x.dim():
             raise InputError(f"input {i} of shape {tuple(x.shape)} has no dimension {d} ({name})")
         out.append(None if d is None else d % x.dim())

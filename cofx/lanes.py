@@ -231,7 +231,13 @@ class Lanes:
         return {"version": __version__, "fingerprint": self.fingerprint, **outputs[0], "outputs": outputs,
                 "ends": self.compiled.known_ends()}  # fmt: skip
 
-    def layout(self, ticks: int, call: Callable[..., Any], mark: Callable[[], Callable[[], None]]) -> LaneLayout:
+    def layout(
+        self,
+        ticks: int,
+        call: Callable[..., Any],
+        place: Callable[[], object],
+        mark: Callable[[], Callable[[], None]],
+    ) -> LaneLayout:
         """How the arrays of ``forward_steps`` look, for `LanePool`."""
         program, spec = self.program(ticks, False), self.spec
         inputs = []
@@ -249,7 +255,18 @@ class Lanes:
             return out
 
         outputs = [model_axes(self.plan, i, out) for i, out in enumerate(program.outputs)]
-        return LaneLayout(ticks, inputs, outputs, program.flush_calls, blank, torch.no_grad()(call), torch.clone, mark)
+        return LaneLayout(
+            ticks,
+            inputs,
+            outputs,
+            program.flush_calls,
+            blank,
+            torch.no_grad()(call),
+            torch.Tensor,
+            torch.clone,
+            place,
+            mark,
+        )
 
     # -- states ------------------------------------------------------------------------------------------------------
 
@@ -269,7 +286,11 @@ class Lanes:
             )
         if state.count % self.schedule.period:
             s = self.schedule.period
-            raise InputError(f"a stream can go on in a lane after a multiple of {s} frames, not after {state.count}")
+            left = s - state.count % s
+            raise InputError(
+                f"a stream can go on in a lane after a multiple of {s} frames, not after {state.count}: feed {left} "
+                "more without lane arguments, or begin anew with clean_state()"
+            )
         capacity = self.compiled.capacity(state.count)
         position = torch.zeros(lanes, 2, dtype=torch.int64, device=self.spec.device)
         position[:, 0] = state.count

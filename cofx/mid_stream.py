@@ -19,7 +19,7 @@ from .runtime.state import StreamState, allocate, take_apart
 
 if TYPE_CHECKING:
     from .compiled import Compiled
-    from .runtime.resident import Residence
+    from .runtime.resident import Residence, Resident
 
 Shapes = tuple[torch.Size, ...]
 RESIDENT = {"onnxruntime", "c"}  # backends that keep the state in buffers of their own
@@ -40,6 +40,7 @@ class MidStream:
         self._cpu = compiled.spec.device.type == "cpu"
         self._home: Residence | None = None  # where the state is for frames of the accepted shapes, if anywhere
         self._period = plan.schedule.period
+        self._pictures = any(n.target is torch.ops.aten.conv3d.default for n in plan.graph.nodes)
         self._single = plan.out_spec.is_leaf()
         self._flat = plan.out_spec.type is tuple and len(plan.outputs) == plan.out_spec.num_children
 
@@ -93,6 +94,43 @@ class MidStream:
             return out, StreamState(count + 1, None, batch, after, compiled.specs)
         return out, StreamState(count + 1, after, batch)
 
+    def chunk(
+        self, state: StreamState, chunks: Sequence[torch.Tensor], ticks: int
+    ) -> tuple[list[list[torch.Tensor]], StreamState] | None:
+        """The frames of each output and the state after a chunk, as steps of a backend that keeps the state itself.
+
+        None where that backend is not there, or one program with time as batch is faster: as it is but for pictures,
+        whose chunks are three-dimensional convolutions.
+        """
+        compiled, spec = self.compiled, self.compiled.spec
+        frames = spec.frame(chunks)
+        if self.backend == "eager" or not self._pictures or state.count < compiled.steady_from:
+            return None
+        if _watched() or not compiled.folded():
+            return None
+        if torch.is_grad_enabled() and (any(x.requires_grad for x in chunks) or state.requires_grad):
+            return None
+        compiled.notice()
+        home = self._homes.get((self.prepare(frames, state.batch), tuple(x.shape for x in frames)))
+        if home is None:
+            return None
+        parts: list[list[torch.Tensor]] = [[] for _ in compiled.plan.outputs]
+        here = state.leave()  # steps write over what is older than the step before
+        if here is None or here.home is not home:
+            here = home.load(self._parts(state))
+        for t in range(ticks):
+            frames = spec.frame(spec.part(chunks, t, 1))
+            outputs, here = home.step((state.count + t) % self._period, frames, here)
+            for part, leaf, y in zip(parts, compiled.plan.outputs, outputs, strict=True):
+                if y is not None:
+                    part.append(y.unsqueeze(leaf.value.layout.time) if leaf.value is not None and leaf.single else y)
+        return parts, self._resident(state, ticks, here)
+
+    def _resident(self, state: StreamState, ticks: int, here: Resident) -> StreamState:
+        """A stream so many ticks on, in the buffers of a backend."""
+        specs = self.compiled.specs if self.compiled.large_frames else self._whole
+        return StreamState(state.count + ticks, None, state.batch, None, specs, here)
+
     def _resident_step(
         self, home: Residence, phase: int, frames: Sequence[torch.Tensor], state: StreamState
     ) -> tuple[Any, StreamState]:
@@ -101,9 +139,7 @@ class MidStream:
         if here is None or here.home is not home:
             here = home.load(self._parts(state))
         outputs, placed = home.step(phase, frames, here)
-        specs = self.compiled.specs if self.compiled.large_frames else self._whole
-        out = outputs[0] if self._single else self._packed(outputs)
-        return out, StreamState(state.count + 1, None, state.batch, None, specs, placed)
+        return outputs[0] if self._single else self._packed(outputs), self._resident(state, 1, placed)
 
     def _accepts(self, frames: Sequence[torch.Tensor], batch: int | None) -> bool:
         """Whether frames like these have been checked."""
@@ -226,9 +262,10 @@ class MidStream:
         parts = self._parts(zeros)
         if backend in RESIDENT:
             home = self._made_home(backend, frames, parts)
+            placed = home.load(parts)
 
-            def resident() -> None:
-                placed = home.load(parts)
+            def resident() -> None:  # from step to step, as a stream goes on
+                nonlocal placed
                 for phase in range(self._period):
                     _, placed = home.step(phase, frames, placed)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from .backends import known_backend
@@ -30,6 +30,8 @@ class Options:
     nonlocal_ops: str | Mapping[str, str] = "recompute"
     context: int | None = None
     backend: str = "eager"
+    matched: set[str] = field(default_factory=set, init=False, repr=False, compare=False)
+    """The patterns in `nonlocal_ops` that fitted an op so far."""
 
     def __post_init__(self) -> None:
         _one_of("window_output", self.window_output, ("last", "all"))
@@ -39,9 +41,14 @@ class Options:
             _one_of("nonlocal_ops", choice, NONLOCAL_OPS)
         for name in ("clip_length", "context"):
             frames = getattr(self, name)
-            if frames is not None and (isinstance(frames, bool) or not isinstance(frames, int) or frames < 1):
+            if frames is not None and not whole(frames, 1):
                 raise InputError(f"{name} is a number of frames, at least 1, not {frames!r}")
         known_backend(self.backend)
+
+    @property
+    def unmatched(self) -> list[str]:
+        """The patterns in `nonlocal_ops` that no op over the whole clip has fitted."""
+        return [] if isinstance(self.nonlocal_ops, str) else [p for p in self.nonlocal_ops if p not in self.matched]
 
     @property
     def newest(self) -> bool:
@@ -59,8 +66,14 @@ class Options:
             return self.nonlocal_ops
         for pattern, choice in self.nonlocal_ops.items():
             if fnmatch.fnmatchcase(module, pattern) or fnmatch.fnmatchcase(op, pattern):
+                self.matched.add(pattern)
                 return choice
         return "recompute"
+
+
+def whole(value: Any, least: int) -> bool:
+    """Whether this is a whole number, and at least so large."""
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least
 
 
 def _one_of(name: str, given: Any, known: Sequence[str]) -> None:

@@ -17,7 +17,7 @@ from .compiled import Compiled
 from .exporting import export, export_quantized
 from .inputs import make_clock
 from .lanes import POSITION, Lanes, lanes_of
-from .options import Options
+from .options import Options, whole
 from .output_info import OutputInfo
 from .passes.codegen.key import Key
 from .report import Report, report, tell_ptflops
@@ -117,6 +117,8 @@ class StepModule(nn.Module):
         traced = trace(self.model, example, clock, self.options.clip_length or ticks, self.options, given)
         if self.options.equivalence is None:
             _warn_first_clip(traced)
+        if idle := ", ".join(map(repr, self.options.unmatched)):
+            warnings.warn(f"nonlocal_ops: no op over the whole clip is in, or is, {idle}", stacklevel=4)
         compiled = self._compile(traced)
         compiled.mid_stream.make(example)
         self._traced, self._compiled, self._lane_programs = traced, compiled, None
@@ -356,7 +358,8 @@ class StepModule(nn.Module):
         compiled = self._ready(chunks, frames=False)
         ticks = compiled.spec.ticks(chunks)
         compiled.spec.check(chunks, ticks, self._state.batch, frames=False)
-        parts, state = compiled.advance(self._state, chunks, ticks, None, frames=False)
+        done = compiled.mid_stream.chunk(self._state, chunks, ticks) if ticks > 1 else None
+        parts, state = done or compiled.advance(self._state, chunks, ticks, None, frames=False)
         if pad_end:
             tail = compiled.flush(state, chunks)
             parts = [a + b for a, b in zip(parts, tail, strict=True)]
@@ -411,9 +414,15 @@ class StepModule(nn.Module):
         """How its inputs and outputs look with so many frames (default one period), for `cofx.runtime.LanePool`."""
         programs = self._programs()
         ticks = programs.schedule.period if frames_per_step is None else frames_per_step
-        if ticks < 1 or ticks % programs.schedule.period:
-            raise InputError(f"frames_per_step is a multiple of {programs.schedule.period}, the model's period")
-        return programs.layout(ticks, self.forward_steps, self._mark)
+        if not whole(ticks, 1) or ticks % programs.schedule.period:
+            raise InputError(
+                f"frames_per_step is a multiple of {programs.schedule.period}, the model's period, not {ticks!r}"
+            )
+        return programs.layout(ticks, self.forward_steps, self._place_now, self._mark)
+
+    def _place_now(self) -> object:
+        """Where the streams are: another object after each call that moves them."""
+        return self._state if self._lanes is None else self._lanes
 
     def _mark(self) -> Callable[[], None]:
         """Takes calls after this one back."""
@@ -486,6 +495,8 @@ class StepModule(nn.Module):
 
     def _restored(self, state: Mapping[str, torch.Tensor], lanes: Any = None) -> tuple[StreamState, LaneState | None]:
         """The stream or the lanes of a snapshot."""
+        if not isinstance(state, Mapping):
+            raise StateError(f"a state is a dict as get_state() returns it, not a {type(state).__name__}")
         if POSITION in state:
             other = self._programs().restore(dict(state))
         else:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import nn
 
+from .inputs import check_runs
 from .options import Options
 from .passes.capture import Clock, untraced
 from .passes.errors import CaptureError
@@ -56,7 +57,7 @@ def trace(
 
     Raises:
         CaptureError: the model cannot be traced at any length.
-        InputError: it needs whole clips, and nobody has said how long they are.
+        InputError: it needs whole clips, and nobody has said how long they are; or it does not take the example.
     """
     lengths = [ticks] if options.clip_length else [ticks, *(ticks * k for k in (2, 4, 8, 16))] if given else TRIALS
     failure = None
@@ -68,6 +69,8 @@ def trace(
             failure = failure or error
     else:
         assert failure is not None
+        if given:
+            check_runs(model, example)
         raise failure
     clips = [leaf for leaf in traced.plan.outputs if leaf.equivalence in ("clip", "first-clip")]
     if clips and not given and not options.clip_length:

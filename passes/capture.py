@@ -162,7 +162,9 @@ def capture(
         ways = [(_export_open, max(2, batch)), (_export_open_time, batch), (_export_open_batch, max(2, batch)),
                 (_export_fixed, batch), (_export_recorded, max(2, batch))]  # fmt: skip
         if like is not None:
-            ways = [w for w in ways if w[0].__name__ == like.way]
+            # where the trace fixed the length it need not be left open again, which costs most
+            fixed = like.way == _export_open.__name__ and not like.symbolic_time
+            ways = [w for w in ways if w[0].__name__ == (_export_open_batch.__name__ if fixed else like.way)]
         if like is not None and closed:
             ways, batch = [(_export_fixed, like.points[0].batch)], like.points[0].batch
         for way, lanes in dict.fromkeys(ways):
@@ -319,6 +321,9 @@ def needs_functionalization(graph: fx.Graph) -> bool:
         if node.target is operator.getitem:
             viewed[node] = node.args[0]
         elif isinstance(node.target, torch._ops.OpOverload):
+            if node.target is torch.ops.aten.detach_.default:  # (of `torch.tensor`) writes no number
+                viewed[node] = node.args[0]
+                continue
             for arg, schema in zip(node.args, node.target._schema.arguments, strict=False):
                 if schema.alias_info is not None and isinstance(arg, fx.Node):
                     (written if schema.alias_info.is_write else viewed)[node] = arg

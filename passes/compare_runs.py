@@ -172,6 +172,12 @@ class Runs:
             self._reference = base, moving
         return self._reference
 
+    def one_length(self) -> bool:
+        """Whether the model can be run where it was traced and at none of the lengths around (an exported program)."""
+        t = self.traced
+        others = {t + d for n in (1, 2, 4, 8, 16, 32, t // 2) for d in (n, -n)} | {2 * t}
+        return self.at(t) is not None and not any(self.at(n) for n in sorted(others) if n > 0 and n != t)
+
     def limit(self) -> tuple[int, str | None] | None:
         """The last length up to which the model does as it was traced, and the line at which it then does otherwise
         (None: it cannot be run there).

@@ -208,7 +208,7 @@ def compile_plan(
         unfold_spectra(graph)
         constants = Constants(tensors(model, captured), not_constant(graph, captured))
         facts = propagate_facts(graph, captured, clock, constants, context)
-    leaves = list(pytree.tree_leaves(graph.output_node().args[0]))
+    leaves = _leaves(graph)
     values = _values(facts, leaves, equivalence, newest)
     loops = any(isinstance(n.target, Loop) for n in graph.nodes)
     runs = Runs(model, captured, clock, example, loops)
@@ -339,6 +339,8 @@ def _branch(
         return runs.otherwise(2 * length) or "(unknown line)"
     if limit is not None and limit[0] < 2 * length and limit[1] is not None:
         return limit[1]
+    if limit == (length, None) and runs.one_length():
+        return f"(it takes clips of {length} frames, and no others)"
     if "prefix" in words:
         first = min(c.first for v in values if (c := clip_of(v)) is not None and c.equivalence == "prefix")
         shorter = range(first, length) if captured.symbolic_time else {first, (first + length) // 2, length - 1}
@@ -388,6 +390,23 @@ def _with_facts(
 def tensors(model: nn.Module, captured: Capture) -> dict[str, torch.Tensor]:
     """The model's parameters and buffers as they are now, and the constants of its trace."""
     return {**captured.constants, **named_tensors(model)}
+
+
+def _leaves(graph: fx.Graph) -> list[fx.Node]:
+    """The leaves of the model's output.
+
+    Raises:
+        CompileError: one is no tensor.
+    """
+    leaves = pytree.tree_leaves(graph.output_node().args[0])
+    for i, leaf in enumerate(leaves):
+        if not isinstance(leaf, fx.Node):
+            what = repr(leaf)[:60] if isinstance(leaf, (str, bool, int, float, type(None))) else "a number"
+            raise CompileError(
+                f"leaf {i} of the model's output is {what}, not a tensor\n"
+                "    try     a module around it that returns its tensors only"
+            )
+    return leaves
 
 
 def _values(facts: Facts, leaves: list[fx.Node], equivalence: str | None, newest: bool) -> list[Value | None]:

@@ -480,6 +480,8 @@ def _cut(
     graph = fx.Graph()
     inputs = {name: graph.placeholder(name) for name, _ in given}
     env = {node: inputs[name] for name, node in given if node is not None}
+    for node, stands in env.items():  # (a frame may be a result as it is)
+        stands.meta = {k: node.meta[k] for k in ("val", "sizes") if k in node.meta}
     for node in nodes:
         if node in env:
             continue

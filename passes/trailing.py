@@ -30,8 +30,23 @@ def from_frames(y: Tensor, dim: int, before: int, after: int) -> Tensor:
 
 
 def per_frame(op: Any, batched: Sequence[bool], args: Any, kwargs: Any) -> Any:
-    """An op on each frame by itself; `batched` tells which of its tensors have frames in front."""
+    """An op on each frame by itself; `batched` tells which of its tensors have frames in front.
+
+    What works on entries or on what its batch holds takes all frames at once. Anything else is mapped by torch.vmap,
+    which costs the tracing of the whole graph a second time.
+    """
     leaves, spec = pytree.tree_flatten((args, kwargs))
+    if torch.Tag.pointwise in op.tags:
+        rank = max(x.dim() - b for x, b in zip(leaves, batched, strict=True) if isinstance(x, Tensor))
+        wide = [
+            x.reshape(x.shape[0], *[1] * (rank + 1 - x.dim()), *x.shape[1:]) if b and x.dim() <= rank else x
+            for x, b in zip(leaves, batched, strict=True)
+        ]
+        args, kwargs = pytree.tree_unflatten(wide, spec)
+        return op(*args, **kwargs)
+    if op in OF_A_BATCH and batched[0] and not any(batched[1:]) and args[0].dim() == OF_A_BATCH[op]:
+        y = op(args[0].flatten(0, 1), *args[1:], **kwargs)
+        return torch.unflatten(y, 0, args[0].shape[:2])
 
     def one(*frames: Tensor) -> Any:
         given = iter(frames)
@@ -40,6 +55,10 @@ def per_frame(op: Any, batched: Sequence[bool], args: Any, kwargs: Any) -> Any:
         return op(*a, **k)
 
     return torch.vmap(one)(*(leaf for leaf, b in zip(leaves, batched, strict=True) if b))
+
+
+# ops whose first argument is a batch, and how many dimensions that has with frames in front
+OF_A_BATCH = {aten.linear.default: 3, aten.conv1d.default: 4, aten.conv2d.default: 5, aten.conv3d.default: 6}
 
 
 def ones_of(x: Tensor) -> Tensor:

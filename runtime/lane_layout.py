@@ -30,7 +30,9 @@ class LaneLayout:
         flush_calls: after the call with a stream's last frame, calls until its last output at the most.
         blank: empty frames of one call for so many lanes.
         call: runs them, with `start`, `ready` and `length`; keeps nothing for gradients.
+        kind: of its arrays.
         copy: an array of its own.
+        place: where the streams are: an object that is another one after each call that moves them.
         mark: gives what takes the streams back to where they are now, after one call at the most.
     """
 
@@ -40,5 +42,7 @@ class LaneLayout:
     flush_calls: int
     blank: Callable[[int], list[Any]]
     call: Callable[..., Any]
+    kind: type
     copy: Callable[[Any], Any]
+    place: Callable[[], object]
     mark: Callable[[], Callable[[], None]]

@@ -74,8 +74,10 @@ class LanePool:
     """
 
     def __init__(self, step: Any, capacity: int, frames_per_step: int | None = None) -> None:
-        if capacity < 1:
-            raise InputError(f"a pool of {capacity} lanes")
+        if not hasattr(step, "lane_layout"):
+            raise InputError(f"a pool takes a compiled step model or an OnnxStep, not {type(step).__name__}")
+        if not isinstance(capacity, int) or capacity < 1:
+            raise InputError(f"a pool has a number of lanes, at least 1, not {capacity!r}")
         self.step, self.capacity = step, capacity
         self._layout = step.lane_layout(frames_per_step)
         if any(i.time is not None and i.batch is None for i in self._layout.inputs):
@@ -87,6 +89,7 @@ class LanePool:
         self._moves: list[tuple[Stream, int, int]] = []  # of streams that a step has taken on, see `_settle`
         self._owed: dict[int, list[tuple[Stream, Any]]] = {}  # by thread what its run got and has not returned yet
         step.clean_state()
+        self._place = self._layout.place()  # where the last run left the step model
 
     def __len__(self) -> int:
         return len(self._streams)
@@ -119,6 +122,9 @@ class LanePool:
         Returns:
             for each stream that got something the new frames, in the model's own structure, without the batch
             dimension and with time axis; None where an output has nothing new.
+
+        Raises:
+            InputError: somebody else has called the step model, and moved its streams.
         """
         me = threading.get_ident()
         out = self._owed[me] if me in self._owed else self._run(me)
@@ -142,12 +148,19 @@ class LanePool:
                     controls = self._controls(served)
                 if not served:
                     return []
+                if self._layout.place() is not self._place:
+                    raise InputError(
+                        "the step model of this pool has been called past the pool, which moved its streams: give the "
+                        "pool, and each other one, a step model of its own, and open the streams anew"
+                    )
                 back, kept = self._layout.mark(), False
                 try:
                     y, valid = self._layout.call(*chunks, **controls)
                     with self._mutex:
                         out, moves = self._handed_out(served, y, valid)
+                        place = self._layout.place()
                         self._moves = moves
+                        self._place = place
                         self._owed[me] = out
                         kept = True
                         self._settle()
@@ -182,15 +195,16 @@ class LanePool:
             raise InputError(f"{len(inputs)} inputs are needed, {len(frames)} were given")
         counts = set()
         for x, info in zip(frames, inputs, strict=True):
+            if not isinstance(x, self._layout.kind):
+                raise InputError(f"input '{info.name}' is a {type(x).__name__}, not a {self._layout.kind.__name__}")
             shape = list(info.shape)
             time = _without(info.batch, info.time)
-            given = tuple(getattr(x, "shape", ()))
+            given = tuple(x.shape)
             if time is not None and len(given) == len(shape):
                 counts.add(given[time] // info.rate)
                 shape[time] = given[time] // info.rate * info.rate
             if given != tuple(shape) or str(x.dtype).removeprefix("torch.") != info.dtype:
-                what = f"{getattr(x, 'dtype', type(x).__name__)} {given}"
-                raise InputError(f"input '{info.name}' is {what}, expected {info.dtype} {tuple(shape)}")
+                raise InputError(f"input '{info.name}' is {x.dtype} {given}, expected {info.dtype} {tuple(shape)}")
         if len(counts) != 1:
             raise InputError("the inputs have different numbers of frames")
         copies = [self._layout.copy(x) for x in frames]

@@ -40,7 +40,10 @@ def lane_indices(lanes: Any, total: int) -> torch.Tensor:
     Raises:
         InputError: they are neither, or there is no such lane.
     """
-    given = torch.as_tensor(lanes)
+    try:
+        given = torch.as_tensor(lanes)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise InputError(f"lanes are a list of indices, or a bool for each lane, not {lanes!r:.100}") from error
     if given.dtype == torch.bool:
         if tuple(given.shape) != (total,):
             raise InputError(f"a mask of lanes has shape ({total},), not {tuple(given.shape)}")

@@ -136,7 +136,11 @@ class NativeResidence:
         return tuple(parts[i] for i in sorted(parts))
 
     def step(self, phase: int, frames: Sequence[torch.Tensor], state: Resident) -> tuple[Sequence[Any], Resident]:
-        """The outputs, which are the caller's, and the state after; None where nothing is due."""
+        """The outputs, which are the caller's, and the state after; None where nothing is due.
+
+        Raises:
+            IndexError: a frame asks for an entry of a table that is not there; the state is as it was.
+        """
         live, k = self.live, state.place
         if state is not live[1] and state is not live[0]:
             raise AssertionError("a state of long ago")

@@ -85,6 +85,11 @@ def _zeros(shape: Sequence[Any], dtype: str, lanes: int) -> Array:
         raise InputError(f"there is no room for an array of {dtype} {tuple(sizes)}: {error}") from error
 
 
+def available_providers() -> list[str]:
+    """Execution providers that this ONNX Runtime has."""
+    return [str(p) for p in ort.get_available_providers()]
+
+
 def open_session(
     model: str | bytes,
     threads: int,

@@ -23,7 +23,7 @@ from .alone import alone
 from .errors import InputError, LaneError, StateError
 from .lane_layout import LaneAxes, LaneLayout
 from .onnx_arrays import Arrays
-from .onnx_buffers import Array, Buffers, Now, open_session
+from .onnx_buffers import Array, Buffers, Now, available_providers, open_session
 from .onnx_meta import NUMBERS, may_end, number, read_meta
 from .state_file import HELD, read_state, write_state
 
@@ -38,11 +38,11 @@ class OnnxStep:
 
     Args:
         path: of the file.
-        threads: that one call may use.
+        threads: that one call may use; 0: one for each core.
         providers: execution providers of ONNX Runtime; their inputs and outputs are in the host's memory.
 
     Raises:
-        InputError: the file is no step model of a version that is understood.
+        InputError: the file is no step model of a version that is understood, or there is no such provider.
     """
 
     def __init__(
@@ -51,10 +51,17 @@ class OnnxStep:
         threads: int = 1,
         providers: Sequence[str] = ("CPUExecutionProvider",),
     ) -> None:
+        if isinstance(threads, bool) or not isinstance(threads, int) or threads < 0:
+            raise InputError(f"threads is a number of threads (0: one for each core), not {threads!r}")
+        asked = [providers] if isinstance(providers, str) else list(providers)
+        if absent := [p for p in asked if p not in available_providers()]:  # ONNX Runtime would take another, silently
+            raise InputError(f"ONNX Runtime has no {', '.join(absent)} here, but {', '.join(available_providers())}")
         try:
-            self.session = open_session(os.fspath(path), threads, providers)
+            self.session = open_session(os.fspath(path), threads, asked)
         except Exception as error:
             raise InputError(f"{os.fspath(path)} cannot be run by ONNX Runtime: {error}") from error
+        if absent := [p for p in asked if p not in self.session.get_providers()]:
+            raise InputError(f"ONNX Runtime cannot use {', '.join(absent)} here")
         self.meta = read_meta(self.session, os.fspath(path))
         self.frames_per_step: int = self.meta["frames_per_step"]
         self._arrays = Arrays(self.meta)
@@ -369,13 +376,15 @@ class OnnxStep:
         self._set(state, lanes, () if self._buffers is None else self._buffers.now.held)
 
     def _set(self, state: Mapping[str, Any], lanes: Any, held: Sequence[Array]) -> None:
+        if not isinstance(state, Mapping):
+            raise StateError(f"a state is a dict as get_state() returns it, not a {type(state).__name__}")
         if not state and lanes is None:
             self._buffers = None
             return
         specs = self.meta["states"]
         wanted = {s["key"] for s in specs}
         if set(state) != wanted:
-            missing, unknown = sorted(wanted - set(state)), sorted(set(state) - wanted)
+            missing, unknown = sorted(wanted - set(state)), sorted(map(str, set(state) - wanted))
             raise StateError(f"the state is of another model: missing {missing}, unknown {unknown}")
         arrays = [_fitted(np.asarray(state[s["key"]]), s) for s in specs]
         counts = {a.shape[:1] for a in arrays}
@@ -456,7 +465,9 @@ class OnnxStep:
             self.meta["flush_calls"],
             lambda lanes: self._arrays.blank(lanes, self._arrays.untimed_zeros(lanes)),
             self.forward_steps,
+            np.ndarray,
             np.copy,
+            lambda: None if self._buffers is None else self._buffers.now,
             self._mark,
         )
 

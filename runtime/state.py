@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -49,6 +49,13 @@ class StreamState:
         if self._tensors is None and self.apart is not None:
             self._tensors = tuple(join(self.apart, self._specs))
         return self._tensors
+
+    def leave(self) -> Resident | None:
+        """Take what is kept out of the buffers of a backend, in which the stream goes on; where in them it was."""
+        here = self.resident
+        if here is not None:
+            self._tensors, self.resident = self.tensors, None
+        return here
 
     @property
     def requires_grad(self) -> bool:
@@ -116,12 +123,12 @@ def restore(
     if not isinstance(snap, dict) or COUNT not in snap:
         raise StateError("a state is a dict as get_state() returns it, with an entry 'count'")
     names = set(snap) - {COUNT, BATCH}
-    count = int(snap[COUNT])
+    count = _whole(snap, COUNT)
     if count < 0:
         raise StateError(f"a stream cannot have had {count} frames")
     specs = specs_after(count)
     wanted = {s.name for s in specs}
-    batch = int(snap[BATCH]) if BATCH in snap else None
+    batch = _whole(snap, BATCH) if BATCH in snap else None
     if not names and count == 0:
         return StreamState()
     if names != wanted:
@@ -133,13 +140,34 @@ def restore(
     for spec in specs:
         t = snap[spec.name]
         if not isinstance(t, torch.Tensor) or t.dtype != spec.dtype or len(t.shape) != len(spec.dims):
-            raise StateError(f"{spec.name} does not fit: expected {spec.dtype} of rank {len(spec.dims)}")
+            got = f"{t.dtype} {tuple(t.shape)}" if isinstance(t, torch.Tensor) else f"a {type(t).__name__}"
+            raise StateError(f"{spec.name} does not fit: {got}, expected a tensor {spec.dtype} {_shape(spec)}")
         for size, (per_lane, constant) in zip(t.shape, spec.dims, strict=True):
             if per_lane:
                 batches.add(size // per_lane)
             elif size != constant:
-                raise StateError(f"{spec.name} does not fit: shape {tuple(t.shape)}")
+                raise StateError(f"{spec.name} does not fit: shape {tuple(t.shape)}, expected {_shape(spec)}")
         tensors.append(t.detach().clone().to(device))
     if len(batches) > 1:
         raise StateError(f"the state's tensors have different batch sizes: {sorted(batches)}")
     return StreamState(count, tuple(tensors), batch)
+
+
+def _whole(snap: Mapping[str, Any], name: str) -> int:
+    """A number of a snapshot.
+
+    Raises:
+        StateError: it is none.
+    """
+    value = snap[name]
+    if isinstance(value, torch.Tensor) and value.numel() == 1 and not value.is_floating_point():
+        return int(value)
+    if isinstance(value, int) and not isinstance(value, bool):
+        return value
+    raise StateError(f"'{name}' of a state is a whole number, not {value!r}")
+
+
+def _shape(spec: StateSpec) -> str:
+    """The shape of a state, its batch size left open."""
+    sizes = [(f"{n} * batch" if n > 1 else "batch") if n else str(m) for n, m in spec.dims]
+    return f"({', '.join(sizes)}{',' * (len(sizes) == 1)})"

@@ -5,6 +5,7 @@ What a file holds is read without executing anything, and a file is replaced all
 
 from __future__ import annotations
 
+import errno
 import importlib
 import json
 import os
@@ -32,10 +33,22 @@ def write_state(
     replace_file(path, data)
 
 
+def folder_of(path: str | os.PathLike[str]) -> str:
+    """The folder in which a file is to be.
+
+    Raises:
+        FileNotFoundError: there is none.
+    """
+    folder = os.path.dirname(os.path.abspath(os.fspath(path)))
+    if not os.path.isdir(folder):
+        raise FileNotFoundError(errno.ENOENT, "no such folder to write to", folder)
+    return folder
+
+
 def replace_file(path: str | os.PathLike[str], data: bytes) -> None:
     """Write a file all at once or not at all."""
     target = os.path.abspath(os.fspath(path))
-    handle, draft = tempfile.mkstemp(dir=os.path.dirname(target), prefix=".cofx-")
+    handle, draft = tempfile.mkstemp(dir=folder_of(path), prefix=".cofx-")
     try:
         with os.fdopen(handle, "wb") as file:
             file.write(data)

@@ -283,6 +283,56 @@ def test_parameters_that_change_in_mid_stream_are_told(backend):
     torch.testing.assert_close(step.forward_step(clip[:, 0]), model(clip)[:, 0])
 
 
+class Pictures(nn.Module):
+    """A stack of convolutions of video, strided in time, and a residual."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Conv3d(3, 8, 3, padding=1)
+        self.down = nn.Conv3d(8, 8, (2, 3, 3), stride=(2, 1, 1), padding=(0, 1, 1))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(batch, 3, time, height, width) -> (batch, 8, time // 2, height, width)"""
+        y = self.first(x).relu()
+        z: torch.Tensor = self.down(y + y.sigmoid())
+        return z
+
+
+def fails_after(calls: int, run):
+    """A function that does as another for so many calls, then raises."""
+    left = iter(range(calls))
+    return lambda *given: run(*given) if next(left, None) is not None else 1 / 0
+
+
+@pytest.mark.parametrize("backend", sorted(RESIDENT))
+@torch.no_grad()
+def test_chunks_of_pictures_are_steps_of_the_backend(backend, monkeypatch) -> None:
+    torch.manual_seed(0)
+    model, clip = Pictures().eval(), torch.randn(2, 3, 31, 16, 16)
+    step = cofx.compile(model, clip, backend=backend)
+    expected = model(clip)
+    eager = step.compiled.advance
+    got = [step.forward_steps(clip[:, :, :9])]
+    monkeypatch.setattr(step.compiled, "advance", lambda *a, **k: pytest.fail("an eager chunk"))
+    place = 9
+    for size in (2, 5, 3, 4):
+        chunk = clip[:, :, place : place + size]
+        peeked = step.forward_steps(chunk, update_state=False)
+        before = step.get_state()
+        home = step.compiled.mid_stream._homes[backend, (clip[:, :, 0].shape,)]
+        with monkeypatch.context() as patch:
+            patch.setattr(home, "step", fails_after(size - 1, home.step))
+            with pytest.raises(ZeroDivisionError):
+                step.forward_steps(chunk)
+        assert all(torch.equal(before[k], v) for k, v in step.get_state().items())
+        got.append(step.forward_steps(chunk))
+        assert torch.equal(got[-1], peeked)
+        place += size
+    monkeypatch.setattr(step.compiled, "advance", eager)
+    got.append(step.forward_steps(clip[:, :, place:], pad_end=True))
+    torch.testing.assert_close(torch.cat(got, 2), expected, rtol=1e-4, atol=1e-5)
+
+
 class Tokens(nn.Module):
     """Frames that are numbers of rows of a table, and rows picked by each frame."""
 
@@ -300,6 +350,7 @@ class Tokens(nn.Module):
 
 
 @pytest.mark.parametrize("pick", ["embedding", "index", "gather"])
+@torch.no_grad()
 def test_an_index_outside_is_told_and_leaves_the_stream(pick) -> None:
     torch.manual_seed(0)
     model, clip = Tokens(pick).eval(), torch.randint(0, 10, (1, 20))

@@ -204,7 +204,10 @@ def test_convert_writes_all_and_run_streams_a_recording(folder: Path) -> None:
 def test_an_input_that_the_model_itself_does_not_take_is_no_refusal() -> None:
     for command in ("inspect", "verify"):
         told = as_json(command, "cli_models:Net", "-i", "1x4x20", code=2)
-        assert "the model itself fails on 1x4x20: RuntimeError" in told["error"] and "3 channels" in told["error"]
+        assert (
+            "the model itself fails on (1, 4, 20) of float32: RuntimeError" in told["error"]
+            and "3 channels" in told["error"]
+        )
 
 
 def test_what_the_readme_says_is_so(folder: Path) -> None:

@@ -160,14 +160,18 @@ def test_bad_frames(pool) -> None:
         ([good[0], good[1][:, :6], good[2]], "different numbers"),
         ([good[0][:1], *good[1:]], "expected float32"),
         ([good[0], good[1], good[2][None]], "'offset' is"),
-        ([None, *good[1:]], "'slow' is NoneType"),
+        ([None, *good[1:]], "'slow' is a NoneType, not a"),
+        ([x.tolist() for x in good], "'slow' is a list, not a"),
         ([good[0].astype(float) if hasattr(good[0], "astype") else good[0].double(), *good[1:]], "float64"),
     ]:
         with pytest.raises(cofx.InputError, match=words):
             stream.feed(*bad)
     assert stream.waiting == 0
-    with pytest.raises(cofx.InputError):
-        LanePool(pool.step, 0)
+    for capacity in (0, "4"):
+        with pytest.raises(cofx.InputError, match="number of lanes"):
+            LanePool(pool.step, capacity)
+    with pytest.raises(cofx.InputError, match="a pool takes .* not Net"):
+        LanePool(Net(), 4)
     with pytest.raises(cofx.InputError, match="multiple of"):
         LanePool(pool.step, 2, frames_per_step=3)
 
@@ -184,6 +188,25 @@ def test_a_step_that_raises_loses_nothing(pool, files, monkeypatch) -> None:
         for _, y in pool.run():
             fed.take(y)
     fed.check(files[0].model)
+
+
+def test_the_step_model_is_the_pools_alone(pool) -> None:
+    """Streams of two pools would share lanes: whoever comes second is told, and nothing is handed out."""
+    fed = Fed(pool, 16, 0)
+    fed.feed(8)
+    pool.run()
+    other = LanePool(pool.step, 2)
+    with pytest.raises(cofx.InputError, match="called past the pool"):
+        pool.run()
+    Fed(other, 8, 0).feed(8)
+    other.run()
+    chunks = [x.numpy() if isinstance(pool.step, OnnxStep) else x for x in inputs(4, 0, 2)]
+    pool.step.forward_steps(*chunks, ready=[True, True], update_state=False)  # a look moves nothing
+    other.run()
+    pool.step.forward_steps(*chunks, ready=[True, True])
+    Fed(other, 8, 0).feed(8)
+    with pytest.raises(cofx.InputError, match="called past the pool"):
+        other.run()
 
 
 def test_threads(pool, files) -> None:

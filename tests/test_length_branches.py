@@ -260,3 +260,23 @@ def test_files_end_where_the_step_model_does(tmp_path) -> None:
         torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
         graph = OnnxStep(tmp_path / "step.onnx").forward_steps(X[:, :2, :n].numpy(), pad_end=True)
         torch.testing.assert_close(torch.as_tensor(graph), want, rtol=1e-4, atol=1e-5)
+
+
+def test_a_model_of_one_length_is_recomputed() -> None:
+    """An exported program, or a table as long as the clip: a stream of it would end where it begins to be of use."""
+
+    class Memory(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.memory = nn.Conv1d(3, 4, 3, padding=1), nn.GRU(4, 4, batch_first=True)
+            self.table = nn.Parameter(torch.randn(3, 20))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.memory(self.conv(x + self.table).mT)[0].mT
+
+    x = torch.randn(1, 3, 20)
+    for model in (Memory().eval(), torch.export.export(Memory().eval(), (x,)).module()):
+        step = cofx.compile(model, x)
+        assert step.equivalence == "clip" and step.verify(torch.randn(1, 3, 50)).exact
+        with pytest.raises(cofx.RefusedError, match="takes clips of 20 frames, and no others"):
+            cofx.compile(model, x, equivalence="stream")

@@ -83,6 +83,39 @@ def test_names_shapes_and_metadata(made) -> None:
     assert all(s["holds"] for s in meta["states"])
 
 
+def test_names_are_those_of_the_modules(tmp_path) -> None:
+    """As Netron shows them; and nothing of the machine on which the file was made."""
+
+    class Block(nn.Module):
+        def __init__(self, channels: int) -> None:
+            super().__init__()
+            self.conv1, self.norm = nn.Conv1d(channels, 4, 3, padding=1), nn.GroupNorm(1, 4)
+            self.memory = nn.GRU(4, 4, batch_first=True)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            y = self.conv1(x)
+            return self.memory(y.mT)[0].mT + x[:, :1]
+
+    model = nn.ModuleDict({"encoder": nn.Sequential(Block(3), Block(4)), "head": nn.Conv1d(4, 2, 1)})
+    model.forward = lambda x: model.head(model.encoder(x))
+    step = cofx.compile(model.eval(), X)
+    step.to_onnx(tmp_path / "step.onnx")
+    file = onnx.load(tmp_path / "step.onnx")
+    names = [n.name for n in file.graph.node]
+    made = [o for n in file.graph.node for o in n.output if o]
+    assert len(set(names)) == len(names) and len(set(made)) == len(made)
+    wanted = {"encoder.0.conv1/Conv", "encoder.1.conv1/Conv", "encoder.0.memory/GRU", "encoder.1/Add", "head/Conv"}
+    assert wanted <= set(names)
+    assert {"encoder.0.conv1/Conv", "encoder.1/Add"} <= set(made)
+    weights = {t.name for t in file.graph.initializer}
+    assert {"encoder.0.conv1.weight", "encoder.1.conv1.bias", "head.weight"} <= weights
+    assert all(n.startswith(("encoder.", "head/", "lanes/")) or "/" not in n for n in names)
+    holds = [s["holds"] for s in OnnxStep(tmp_path / "step.onnx").meta["states"]]
+    assert any("in encoder.1.memory" in h for h in holds) and any("frames of" in h and "encoder.0" in h for h in holds)
+    raw = (tmp_path / "step.onnx").read_bytes()
+    assert str(Path(cofx.__file__).parent).encode() not in raw and __file__.encode() not in raw
+
+
 def test_raw_graph_from_zeros(made) -> None:
     """Any runtime: states of zeros, and the file's own words for the rest."""
     step, path = made
@@ -187,6 +220,7 @@ def test_bad_arguments_leave_the_state(made) -> None:
         ("pad_end", lambda: mine.forward_steps(x[:, :, :2], pad_end=True, **everyone)),
         ("lanes 0 to 2", lambda: mine.clean_state([3])),
         ("another model", lambda: mine.set_state({"x": x})),
+        ("not a NoneType", lambda: mine.set_state(None)),
         ("does not fit", lambda: mine.set_state({**before, list(before)[-1]: x})),
         ("multiple of 2", lambda: mine.set_state({**before, "position": before["position"] + 1})),
     ]:
@@ -203,9 +237,14 @@ def test_bad_arguments_leave_the_state(made) -> None:
 
 def test_options(made, tmp_path) -> None:
     step, _ = made
-    for bad in ({"frames_per_step": 3}, {"frames_per_step": 0}, {"opset": 17}):
+    wrong = [{"frames_per_step": 3}, {"frames_per_step": 0}, {"frames_per_step": 2.0}, {"opset": 17}, {"opset": "20"}]
+    for bad in (*wrong, {"longest": 0}):
         with pytest.raises(cofx.InputError):
             step.to_onnx(tmp_path / "bad.onnx", **bad)
+    with pytest.raises(cofx.CompileError, match="no opset 99"):  # the exporter writes another without a word
+        step.to_onnx(tmp_path / "bad.onnx", opset=99)
+    with pytest.raises(FileNotFoundError, match="no such folder to write to"):
+        step.to_onnx(tmp_path / "nowhere" / "bad.onnx")
     assert os.listdir(tmp_path) == []
     x = X.numpy()
     whole = step.model(X)["deep"].numpy()
@@ -331,6 +370,10 @@ def test_what_is_no_step_model(tmp_path) -> None:
     path = tmp_path / "x.onnx"
     with pytest.raises(cofx.InputError):
         OnnxStep(path)
+    with pytest.raises(cofx.InputError, match="threads"):
+        OnnxStep(path, threads="all")
+    with pytest.raises(cofx.InputError, match="no NoSuch here, but .*CPUExecutionProvider"):
+        OnnxStep(path, providers=["NoSuch"])
     path.write_bytes(b"\x80\x04garbage")
     with pytest.raises(cofx.InputError, match="cannot be run"):
         OnnxStep(path)

@@ -452,3 +452,88 @@ def test_what_a_model_keeps_from_earlier_calls_is_no_branch() -> None:
     assert model.bias is kept
     assert step.verify(torch.randn(2, 40, 4)).exact
     assert step.verify(x).exact
+
+
+class FilterMadeInForward(nn.Module):
+    """A filter from `torch.tensor` in forward, and as many frames as came in (Asteroid's LSTMTasNet).
+
+    `torch.tensor` detaches its constant in place. That writes no number: it is no reason to trace the graph once more,
+    which took its length for a constant.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.down, self.up = nn.Conv1d(1, 4, 8, 4), nn.ConvTranspose1d(4, 1, 8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(batch, 1, time)"""
+        y: Tensor = self.up(self.down(x) * torch.tensor([0.5]))
+        return nn.functional.pad(y, [0, x.shape[-1] - y.shape[-1]])
+
+
+def test_a_constant_made_in_forward_does_not_fix_the_length(monkeypatch: pytest.MonkeyPatch) -> None:
+    def again(*_: object) -> None:
+        raise AssertionError("the graph was traced twice")
+
+    monkeypatch.setattr(torch.export.ExportedProgram, "run_decompositions", again)
+    x = torch.randn(1, 1, 40)
+    step = cofx.compile(FilterMadeInForward().eval(), x)
+    assert step.equivalence == "stream"
+    assert step.verify(torch.randn(1, 1, 80)).exact
+
+
+class SqueezeExcitation(nn.Module):
+    """A gate from the mean over the clip, as X3D's blocks have."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.down, self.up = nn.Conv1d(4, 2, 1), nn.Conv1d(2, 4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(batch, 4, time)"""
+        y: Tensor = x * self.up(self.down(x.mean(2, keepdim=True)).relu()).sigmoid()
+        return y
+
+
+def test_what_follows_a_clips_mean_is_traced_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "vmap", None)
+    torch.manual_seed(0)
+    x = torch.randn(2, 4, 12)
+    model = SqueezeExcitation().eval()
+    step = cofx.compile(model, x, nonlocal_ops="continual")
+    assert step.verify(torch.randn(2, 4, 30)).exact
+    torch.testing.assert_close(step.reference_module(x)[..., -1], model(x)[..., -1])
+
+
+class FramesAsTheyAre(nn.Module):
+    """A loop over frames that does nothing to them before they are stacked again (PyxLSTM with one layer)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(batch, time, 4)"""
+        return torch.stack([x[:, t] for t in range(x.shape[1])], 1).tanh()
+
+
+def test_a_loop_that_collects_frames_as_they_are_streams() -> None:
+    step = cofx.compile(FramesAsTheyAre(), torch.randn(2, 6, 4), time_dim=1)
+    assert step.equivalence == "stream"
+    assert step.verify(torch.randn(2, 19, 4)).exact
+
+
+class ProjectedFrames(nn.Module):
+    """Keys projected from all frames onto a few by an einsum with a parameter as long as the clip (Linformer)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.projection = nn.Parameter(torch.randn(9, 3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(batch, time, 4)"""
+        few = torch.einsum("bnd,nk->bkd", x, self.projection[: x.shape[1]])
+        return torch.einsum("bnd,bkd->bnk", x, few).softmax(-1)
+
+
+def test_a_projection_of_all_frames_is_a_clip() -> None:
+    x = torch.randn(2, 9, 4)
+    step = cofx.compile(ProjectedFrames().eval(), x, time_dim=1)
+    assert step.equivalence == "clip"
+    assert step.verify(torch.randn(2, 14, 4)).exact

@@ -252,6 +252,56 @@ def test_a_model_that_cannot_be_traced() -> None:
         cofx.compile(Branches(), X)
 
 
+@pytest.mark.parametrize(
+    ("shape", "dtype", "told"),
+    [((1, 4, 20), torch.float32, "to have 3 channels"), ((1, 3, 20), torch.float64, "of float64")],
+)
+def test_an_example_that_the_model_itself_does_not_take(shape, dtype, told) -> None:
+    """It is the example that is told of, not the tracing; the model is left as it was."""
+
+    class Counts(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv1d(3, 2, 3)
+            self.register_buffer("calls", torch.zeros(()))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            self.calls += 1
+            return self.conv(x)
+
+    model = Counts()
+    with pytest.raises(cofx.InputError, match=f"(?s)the model itself fails on .*{told}.*at .*test_surface.py.*try"):
+        cofx.compile(model, torch.randn(shape, dtype=dtype))
+    assert model.calls == 0 and model.training
+
+
+@pytest.mark.parametrize("other", [None, "name", 3])
+def test_an_output_that_is_no_tensor(other) -> None:
+    class Returns(nn.Module):
+        def forward(self, x: torch.Tensor):
+            return {"y": x, "other": x.shape[2] if other == 3 else other}
+
+    with pytest.raises(cofx.CompileError, match="(?s)leaf . of the model's output is .*not a tensor.*try"):
+        cofx.compile(Returns(), X)
+
+
+def test_bad_arguments_of_compile() -> None:
+    model = nn.Conv1d(3, 2, 3)
+    for words, options in [
+        ("time_dim is the number", {"time_dim": "2"}),
+        ("time_dim is the number", {"time_dim": True}),
+        ("clip_length is a number", {"clip_length": 0}),
+        ("clip_length is a number", {"clip_length": 2.0}),
+        ("context is a number", {"context": True}),
+    ]:
+        with pytest.raises(cofx.InputError, match=words):
+            cofx.compile(model, X, **options)
+    with pytest.raises(cofx.InputError, match="to_dense"):
+        cofx.compile(model, X.to_sparse())
+    with pytest.warns(UserWarning, match="no op over the whole clip is in, or is, 'nowhere'"):
+        cofx.compile(model, X, nonlocal_ops={"nowhere": "refuse"})
+
+
 def test_inputs_at_different_rates_and_dict_outputs() -> None:
     torch.manual_seed(0)
     model, slow, fast = Pair().eval(), torch.randn(1, 2, 9), torch.randn(1, 2, 36)

@@ -26,18 +26,19 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils import _pytree as pytree
 
 from ...runtime.onnx_meta import FORMAT
+from ...runtime.state_file import folder_of
 from ..capture import untraced
 from ..errors import CompileError, user_frame
 from ..schedule_delays import Schedule
 from .lane_states import lane_schedule
 from .lanes import LaneProgram, generate_exported, model_axes
 from .onnx_decompositions import decompositions
+from .onnx_names import OUTER, name_batch, name_values, tell_modules
 
 if TYPE_CHECKING:
     from ..pipeline import Plan
 
 OPSET = 18
-OUTER = "cofx::"  # before the names of inputs and outputs until they are told from the graph's own
 LARGEST = 2_000_000_000  # bytes in one file
 CONTROLS = {"start": torch.bool, "ready": torch.bool, "length": torch.int64}
 
@@ -68,10 +69,11 @@ class OnnxNames:
 
 
 class _Step(nn.Module):
-    """The lane program with its arguments and results in the file's order."""
+    """The lane program, its arguments and results in the file's order; interpreted, which keeps nodes' meta."""
 
     def __init__(self, program: LaneProgram, controls: bool) -> None:
         super().__init__()
+        tell_modules(program.module)
         self.module, self.controls = program.module, controls
         self.inputs, self.states = len(program.inputs), len(program.states)
 
@@ -79,7 +81,7 @@ class _Step(nn.Module):
         """Inputs, states, controls -> outputs, validity, states."""
         states = arguments[self.inputs : self.inputs + self.states]
         controls = arguments[self.inputs + self.states :]
-        results, valid, after = self.module(*arguments[: self.inputs], *controls, *states)
+        results, valid, after = fx.Interpreter(self.module).run(*arguments[: self.inputs], *controls, *states)
         return (*results, *valid, *after)
 
 
@@ -172,9 +174,11 @@ def _convert(
         input_names=[f"{OUTER}{n}" for n in names.arguments],
         output_names=[f"{OUTER}{n}" for n in names.results],
     )
-    _rename(model.graph, _final_names(model.graph))
+    if (made := model.opset_import[0].version) != opset:
+        raise OnnxError(f"the exporter writes no opset {opset}, but {made}: ask for one between {OPSET} and its newest")
+    name_values(model, plan)
     if dynamic_batch:
-        _rename_batch(model)
+        name_batch(model)
     return model
 
 
@@ -200,7 +204,7 @@ def onnx_model(
     Raises:
         OnnxError: an op has no ONNX form.
     """
-    with torch.no_grad(), _quiet(), _reshapes_around_products():
+    with torch.no_grad(), _quiet(), _reshapes_around_products(), torch.fx.traceback.preserve_node_meta():
         try:
             exported = torch.export.export(step, tuple(arguments), dynamic_shapes=dynamic_shapes, strict=False)
             if table := decompositions(exported.graph, plain):
@@ -210,46 +214,6 @@ def onnx_model(
             raise _blame(plan, error) from error
     assert converted is not None
     return converted.model_proto
-
-
-def _values(graph: Any) -> set[str]:
-    """The names of all values in a graph."""
-    named = [*graph.input, *graph.output, *graph.initializer, *graph.value_info]
-    return {v.name for v in named} | {n for node in graph.node for n in (*node.input, *node.output)}
-
-
-def _final_names(graph: Any) -> dict[str, str]:
-    """The names of inputs and outputs as they are wanted; what else has such a name gets another."""
-    taken = _values(graph)
-    final = {n: n.removeprefix(OUTER) for n in taken if n.startswith(OUTER)}
-    for name in taken & set(final.values()):
-        other = f"{name}_value"
-        while other in taken:
-            other += "_"
-        final[name] = other
-    return final
-
-
-def _rename(graph: Any, names: dict[str, str]) -> None:
-    for value in (*graph.input, *graph.output, *graph.initializer, *graph.value_info):
-        value.name = names.get(value.name, value.name)
-    for node in graph.node:
-        for field in (node.input, node.output):
-            field[:] = [names.get(n, n) for n in field]
-        for attribute in node.attribute:
-            if attribute.HasField("g"):
-                _rename(attribute.g, names)
-
-
-def _rename_batch(model: Any) -> None:
-    """The open batch size by its name, instead of the exporter's symbol for it."""
-    symbol = (
-        next(v for v in model.graph.input if v.name.startswith("state_in_")).type.tensor_type.shape.dim[0].dim_param
-    )
-    for value in (*model.graph.input, *model.graph.output, *model.graph.value_info):
-        for d in value.type.tensor_type.shape.dim:
-            if d.dim_param:
-                d.dim_param = re.sub(rf"\b{symbol}\b", "batch", d.dim_param)
 
 
 def _example(shape: Sequence[int], batch: int | None, dtype: torch.dtype, lanes: int, device: Any) -> torch.Tensor:
@@ -384,7 +348,7 @@ def _dtype(dtype: torch.dtype) -> str:
 
 def _save(onnx: Any, model: Any, path: str) -> None:
     """Check the model, then put it in place all at once."""
-    folder = os.path.dirname(os.path.abspath(path))
+    folder = folder_of(path)
     with tempfile.TemporaryDirectory(dir=folder, prefix=".cofx-") as scratch:
         draft = os.path.join(scratch, os.path.basename(path))
         if too_large(model):
@@ -394,7 +358,9 @@ def _save(onnx: Any, model: Any, path: str) -> None:
         try:
             onnx.checker.check_model(draft, full_check=True)
         except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
-            raise OnnxError(f"the step program has no valid ONNX form: {str(error).strip()[:500]}") from error
+            found = re.search(r"node name: ([^\s),]+)", str(error))
+            where = f"\n    module  {found[1].rpartition('/')[0] or '(the model itself)'}" if found else ""
+            raise OnnxError(f"the step program has no valid ONNX form: {str(error).strip()[:500]}{where}") from error
         for name in sorted(os.listdir(scratch), reverse=True):  # the data before the graph that needs it
             os.replace(os.path.join(scratch, name), os.path.join(folder, name))
 

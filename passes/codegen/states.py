@@ -6,7 +6,10 @@ from collections.abc import Sequence
 from math import prod
 from typing import Any
 
+from torch import fx
+
 from ...runtime.program import StateSpec
+from ..errors import module_path
 from ..layout import BATCH, TIME
 from ..schedule_delays import Schedule
 from ..stream_graph import Carry, Op, Value
@@ -26,7 +29,7 @@ def state_specs(schedule: Schedule, capacity: int = 0) -> list[StateSpec]:
                 f"state_{value.name}",
                 tuple(dims),
                 value.dtype,
-                f"the last {frames} frames of {value.name}",
+                f"the last {frames} frames of {_named(value.name, value.node)}",
                 grows=time if value in schedule.growing else None,
                 apart=time if 1 <= frames <= MOST and _large(value) else None,
             )
@@ -34,8 +37,15 @@ def state_specs(schedule: Schedule, capacity: int = 0) -> list[StateSpec]:
     for op in schedule.graph.ops:
         for carry in op.carries:
             dims = [_affine(d) for d in carry.layout]
-            specs.append(StateSpec(carry_name(op, carry), tuple(dims), carry.dtype, f"{carry.name} of {op.name}"))
+            holds = f"{carry.name} of {_named(op.name, op.node)}"
+            specs.append(StateSpec(carry_name(op, carry), tuple(dims), carry.dtype, holds))
     return specs
+
+
+def _named(name: str, node: fx.Node | None) -> str:
+    """A value, and the module that it comes from."""
+    module = "" if node is None else module_path(node)
+    return f"{name} in {module}" if module else name
 
 
 def _large(value: Value) -> bool:

@@ -355,6 +355,7 @@ class _Product:
             return self._of_frames(left, right, added)
         self.call.require(added is None, "weights are multiplied and added to")
         paired = [i for i, f in enumerate(facts) if isinstance(f, Pair)]
+        self.call.require(bool(paired), "a product that sums over the time axis")
         weights, other = values[paired[0]], values[1 - paired[0]]
         assert weights is not None
         row, column = self.terms[paired[0]][weights.layout.time], self.terms[paired[0]][weights.layout.key]

@@ -16,7 +16,7 @@ from ...errors import CompileError
 from ...registry import is_pointwise
 from . import views
 from .expressions import Call, Expression, Load, Number, Value, factors_of
-from .operators import COMPARISONS, LOGICAL, TYPES, base_name, operator_text
+from .operators import COMPARISONS, DIVISIONS, FLOATS, LOGICAL, TYPES, base_name, operator_text
 from .products import Kernels
 from .statements import Arg, Check, Copy, Reduce, Scan, Store
 from .views import Buffer, Change, NoView, View, contiguous
@@ -158,6 +158,8 @@ class Builder:
         text = operator_text(op, len(given), within)
         if text is None:
             raise NoForm(f"aten.{op}", f"in {within}")
+        if op in DIVISIONS and within not in FLOATS:
+            self.divides(given[1], node)
         return self.call(text, [self.of(x, within) for x in given], out.shape, out.dtype, within, node.name)
 
     def part(self, x: Value, dim: int, start: int, count: int, step: int, name: str) -> Value:
@@ -177,6 +179,15 @@ class Builder:
     def simple(self, x: Value, name: str) -> Value:
         """The same, computed already."""
         return x if x.simple else Value(x.shape, Load(self.put(x, name), x.dtype))
+
+    def divides(self, divisor: Any, node: fx.Node) -> None:
+        """See that an integer divisor is no zero, of which a processor makes an end of the process.
+
+        Raises:
+            NoForm: it is computed.
+        """
+        if isinstance(divisor, fx.Node) or divisor == 0:
+            raise NoForm(str(node.target), "of integers by what is computed")
 
     # -- nodes ---------------------------------------------------------------------------------------------------------
 

@@ -16,7 +16,7 @@ from ....runtime.errors import InputError
 from .products import Target
 
 FLAGS = ("-std=gnu11", "-O3", "-fopenmp-simd", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast",
-         "-fPIC", "-shared")  # fmt: skip
+         "-fwrapv", "-fPIC", "-shared")  # fmt: skip
 NATIVE = (("-march=native",), ("-mcpu=native",), ())  # the first that the compiler takes
 
 

@@ -49,6 +49,7 @@ BINARY_INTEGER: dict[str, str] = BINARY | {
 }  # fmt: skip
 BINARY_INTEGER.pop("pow"), BINARY_INTEGER.pop("atan2")
 COMPARISONS = {"eq", "ne", "lt", "le", "gt", "ge", "isnan", "isinf"}
+DIVISIONS = {"div", "fmod", "remainder"}
 LOGICAL = {"logical_and", "logical_or", "logical_xor", "logical_not"}
 
 
@@ -58,6 +59,8 @@ def operator_text(name: str, arity: int, dtype: torch.dtype) -> str | None:
         text = (UNARY if arity == 1 else BINARY).get(name)
         suffix, function = ("f", "f") if dtype == torch.float32 else ("d", "")
         return None if text is None else text.replace("{f}", suffix).replace("{m}", function)
+    if dtype == torch.bool and name == "bitwise_not":
+        return "!{0}"
     return (UNARY_INTEGER if arity == 1 else BINARY_INTEGER).get(name)
 
 

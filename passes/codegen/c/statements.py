@@ -88,7 +88,8 @@ class Nest:
             self.text(x) if x.dtype == e.within or not e.within else f"({TYPES[e.within]}){self.text(x)}"
             for x in e.given
         ]
-        return "(" + e.text.format(*given) + ")"
+        text = e.text.format(*given)
+        return f"({text})" if e.dtype in FLOATS else f"({TYPES[e.dtype]})({text})"  # integers wrap at each op
 
     def open(self, stop: int | None = None, start: int = 0) -> list[str]:
         """The heads of loops."""

@@ -210,7 +210,10 @@ class _File:
             place = f"c{len(self.constants)}_" + re.sub(r"\W", "_", name)
             if tensor.dtype not in TYPES:
                 raise NoForm("a step", f"with a constant of {tensor.dtype}")
-            self.constants[id(tensor)] = Buffer(place, tensor.dtype, tensor.numel(), tensor.detach().contiguous())
+            copied = tensor.detach().clone(
+                memory_format=torch.contiguous_format
+            )  # as it is now, like those laid out anew
+            self.constants[id(tensor)] = Buffer(place, tensor.dtype, tensor.numel(), copied)
         return self.constants[id(tensor)]
 
     def _body(self, number: int, phase: Phase) -> tuple[Code, list[str]]:

@@ -158,6 +158,8 @@ def refine(dims: Sequence[Dim]) -> list[int]:
         NoView: there are none.
     """
     total = size_of(dims[0])
+    if not total:
+        return []
     marks = {1, total}
     for dim in dims:
         inner = 1

@@ -81,6 +81,7 @@ def _div_mode(b: Builder, node: fx.Node, given: dict[str, Any]) -> Value:
         )
         text = f"{rounding}({{0}} / {{1}})"
     else:
+        b.divides(given["other"], node)
         text = "{0} / {1}" if mode == "trunc" else "floor_div_i({0}, {1})"
     return b.call(
         text,
