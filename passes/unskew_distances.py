@@ -375,8 +375,9 @@ def _begin(graph: fx.Graph, product: _Product, node: fx.Node, sign: int, like: f
         table = samples[0]["self"]
         dim = samples[0].get("dim", 0) % value.dim()
         size = sizes_of(table)[dim]
-        counted = size[0] if all(s["start"] < 0 for s in samples) else 0  # from the table's end
-        ends = {counted + s["start"] + n for s, n in zip(samples, length, strict=True)}
+        starts = [s.get("start") or 0 for s in samples]
+        counted = size[0] if all(s < 0 for s in starts) else 0  # from the table's end
+        ends = {counted + s + n for s, n in zip(starts, length, strict=True)}
         if len(set(size)) > 1 or len(ends) != 1 or samples[0].get("step", 1) != 1:
             return None
         middle = ends.pop() - 1  # where distance 0 lies

@@ -204,7 +204,7 @@ def onnx_model(
     Raises:
         OnnxError: an op has no ONNX form.
     """
-    with torch.no_grad(), _quiet(), torch.fx.traceback.preserve_node_meta():
+    with torch.no_grad(), _quiet(), _reshapes_around_products(), torch.fx.traceback.preserve_node_meta():
         try:
             exported = torch.export.export(step, tuple(arguments), dynamic_shapes=dynamic_shapes, strict=False)
             if table := decompositions(exported.graph, plain):
@@ -372,6 +372,26 @@ def too_large(model: Any) -> bool:
     sizes = (onnx.helper.tensor_dtype_to_np_dtype(t.data_type).itemsize for t in model.graph.initializer)
     total: int = sum(size * math.prod(t.dims) for size, t in zip(sizes, model.graph.initializer, strict=True))
     return total > LARGEST
+
+
+@contextlib.contextmanager
+def _reshapes_around_products() -> Iterator[None]:
+    """Let the exporter keep reshapes around products of matrices.
+
+    It takes them away where the shapes without them happen to broadcast to the same result; they may do so along other
+    dimensions, as where there are as many heads as lanes.
+    """
+    from onnxscript.rewriter.rules.common import _broadcast_to_matmul as rules
+
+    kept = (rules.two_reshapes_matmul_reshape_rule, rules.one_reshape_matmul_reshape_rule)
+    before = [rule._condition_function for rule in kept]
+    try:
+        for rule in kept:
+            rule._condition_function = lambda *_, **__: False
+        yield
+    finally:
+        for rule, condition in zip(kept, before, strict=True):
+            rule._condition_function = condition
 
 
 @contextlib.contextmanager
