@@ -197,7 +197,7 @@ class Builder:
             self.env[node] = self.env[node.args[0]][node.args[1]]  # type: ignore[index]
             return
         form = self.forms.get(node.target)
-        out = node.meta.get("val")
+        out: Any = node.meta.get("val")
         if isinstance(out, torch.Tensor) and out.dtype not in TYPES:
             raise NoForm(str(node.target), f"gives {out.dtype}")
         if form is not None:

@@ -19,6 +19,7 @@ from torch import fx
 
 from ....runtime.native import Ring
 from ....runtime.program import Program
+from ...canonicalize import bind
 from . import views
 from .builder import Builder, Code, NoForm, order_of
 from .core_graph import core_graph
@@ -132,16 +133,18 @@ def step_source(
 def _pushed(phase: Phase, part: int, frames: int) -> tuple[fx.Node, int, int] | None:
     """The `cat` that joins frames to a history of which the last are kept, its dimension and how many frames."""
     state, node = phase.placeholders()[frames + part], phase.after()[part]
-    if node.target is not aten.slice.Tensor or not isinstance(joined := node.args[0], fx.Node):
+    args: tuple[Any, ...] = node.args
+    if node.target is not aten.slice.Tensor or not isinstance(joined := args[0], fx.Node):
         return None
-    if joined.target is not aten.cat.default or joined.args[0][0] is not state:  # type: ignore[index]
+    others: Any = joined.args
+    if joined.target is not aten.cat.default or others[0][0] is not state:
         return None
     size, rank = joined.meta["val"].shape, joined.meta["val"].dim()
-    dim = int(joined.args[1]) % rank if len(joined.args) > 1 else 0  # type: ignore[call-overload]
-    along, start, stop = (*node.args[1:], 0, None)[:3]
+    dim = others[1] % rank if len(others) > 1 else 0
+    given = bind(aten.slice.Tensor, args, {})
+    along, start, stop, every = (given[name] for name in ("dim", "start", "end", "step"))
     new = size[dim] - state.meta["val"].shape[dim]
-    first, last, step = slice(start, stop, node.args[4] if len(node.args) > 4 else 1).indices(size[dim])  # type: ignore[misc]
-    if along % rank != dim or (first, last, step) != (new, size[dim], 1):  # type: ignore[operator]
+    if along % rank != dim or slice(start, stop, every).indices(size[dim]) != (new, size[dim], 1):
         return None
     return joined, dim, new
 

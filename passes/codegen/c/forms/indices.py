@@ -30,7 +30,7 @@ def _taken(b: Builder, x: Value, indices: Mapping[int, Value], name: str, low: b
     told = sorted(indices)
     beside = told[-1] - told[0] == len(told) - 1
     first = told[0] if beside else 0
-    common = torch.broadcast_shapes(*(i.shape for i in indices.values()))
+    common = tuple(torch.broadcast_shapes(*(i.shape for i in indices.values())))  # type: ignore[no-untyped-call]
     rest = [d for d in range(len(x.shape)) if d not in indices]
     before, behind = rest[:first], rest[first:]
     shape = (*(x.shape[d] for d in before), *common, *(x.shape[d] for d in behind))

@@ -29,7 +29,8 @@ def _as_strided(b: Builder, node: fx.Node, given: dict[str, Any]) -> Value:
     source, out = given["self"].meta["val"], node.meta["val"]
     if not (source.is_contiguous() and out.is_contiguous() and source.numel() == out.numel()):
         raise NoForm(str(node.target))
-    return _reshape(b, node, given)
+    found: Value = _reshape(b, node, given)
+    return found
 
 
 @form(aten.permute.default)

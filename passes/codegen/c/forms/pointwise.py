@@ -18,7 +18,8 @@ aten = torch.ops.aten
 @form(aten.full.default, aten.full_like.default, aten.scalar_tensor.default)
 def _full(b: Builder, node: fx.Node, given: dict[str, Any]) -> Value:
     out = node.meta["val"]
-    return Value(tuple(out.shape), Number(given.get("fill_value", given.get("s")), out.dtype))
+    number = given["s"] if "s" in given else given["fill_value"]
+    return Value(tuple(out.shape), Number(number, out.dtype))
 
 
 @form(aten.empty.memory_format, aten.zeros.default, aten.zeros_like.default, aten.empty_like.default)

@@ -57,7 +57,7 @@ def _max_pool(b: Builder, node: fx.Node, given: dict[str, Any]) -> list[Value]:
 
 @form(aten.avg_pool1d.default, aten.avg_pool2d.default, aten.avg_pool3d.default)
 def _avg_pool(b: Builder, node: fx.Node, given: dict[str, Any]) -> Value:
-    n = {aten.avg_pool1d.default: 1, aten.avg_pool2d.default: 2}.get(node.target, 3)
+    n = 1 + [aten.avg_pool1d.default, aten.avg_pool2d.default, aten.avg_pool3d.default].index(node.target)  # type: ignore[arg-type]
     out, source = node.meta["val"], b.of(given["self"])
     outs = out.shape[-n:]
     x = _windows(b, source, n, given, outs, 0, node.name)
