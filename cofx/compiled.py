@@ -31,7 +31,7 @@ from .runtime.state import StreamState, allocate, grow
 EVALUATIONS = 8  # of a clip or a loop's body in one program
 REPEATED = 256  # ops of clips that a program repeats for them, beyond the first evaluation
 KEPT_PROGRAMS = 512
-GLANCES = 8  # parameters that a step looks at, whether they have changed
+GLANCES = 32  # parameters that a step looks at: all of a small net
 _VERSION = operator.attrgetter("_version")
 CAPACITY = 16  # ticks for which there is room at first, in a state that grows
 
