@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parent.parent
-BACKENDS = ("eager", "onnxruntime", "inductor")
+BACKENDS = ("eager", "onnxruntime", "c", "inductor")
 
 
 def numbers() -> str:

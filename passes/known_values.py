@@ -60,7 +60,6 @@ class KnownValues(TorchFunctionMode):
         self._buffers = [(*where, value) for (*where, _), value in zip(buffers, copies, strict=True)]
         self._values: Any = WeakTensorKeyDictionary()
         self._sources: Any = WeakTensorKeyDictionary()  # names of the buffers that values follow from
-        self._unknown: Any = WeakTensorKeyDictionary()  # what was looked for in vain
         self._spoilt: set[int] = set()  # memory that something unknown was written to
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -106,18 +105,13 @@ class KnownValues(TorchFunctionMode):
 
     def knows(self, tensor: torch.Tensor) -> bool:
         """Whether a traced tensor's values can be read."""
-        if tensor in self._unknown:
-            return False
         if tensor not in self._values:
             for module, name, path, value in self._buffers:  # while tracing, buffers are replaced in place
                 if module._buffers.get(name) is tensor:
                     self._values[tensor], self._sources[tensor] = value, {path}
             if _is_real(tensor):
                 self._values[tensor], self._sources[tensor] = tensor, set()
-        if tensor not in self._values:
-            self._unknown[tensor] = True
-            return False
-        return _memory(self._values[tensor]) not in self._spoilt
+        return tensor in self._values and _memory(self._values[tensor]) not in self._spoilt
 
     def _compute(self, func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """The call on values; None if it fails there or draws random numbers."""
