@@ -87,6 +87,7 @@ def report(compiled: Compiled) -> Report:
         state = StreamState()
         for _ in range(warm):
             _, state = compiled.advance(state, compiled.spec.part(clip, 0, 1), 1, None, frames=False)
+        _period(compiled, clip, state, period)  # programs are generated here, and with them constants computed
         step = _macs(lambda: _period(compiled, clip, state, period))
         nodes = _macs_by_node(compiled, clip)
     specs = compiled.specs_after(max(state.count, ticks))

@@ -181,6 +181,8 @@ def capture(
             except Exception as error:
                 where = raised_at(error)
                 told = _told(error, where)
+                if isinstance(error, SizeReturned):  # the other ways would take it for a constant
+                    raise CaptureError(told) from error
                 causes.setdefault(where or told, told)
     raise CaptureError("\n".join(causes.values()))
 
@@ -413,6 +415,10 @@ def _from_export(
     )
 
 
+class SizeReturned(CaptureError):
+    """A leaf of the model's output is a number that is another for clips of another size."""
+
+
 def tensor_leaves(outputs: Any) -> list[torch.Tensor]:
     """The tensors of a module's output, in order."""
     return [x for x in pytree.tree_leaves(outputs) if isinstance(x, torch.Tensor)]
@@ -441,7 +447,7 @@ def _tensors_alone(graph: fx.Graph, spec: pytree.TreeSpec) -> pytree.TreeSpec:
     node = graph.output_node()
     leaves: list[Any] = list(node.args[0])  # type: ignore[arg-type]
     if any(isinstance(x, fx.Node) and not isinstance(x.meta.get("val"), torch.Tensor) for x in leaves):
-        raise CaptureError("the model returns a number that follows from the size of its inputs")
+        raise SizeReturned("the model returns a number that follows from the size of its inputs")
     rest = iter(leaves)
 
     def without(part: pytree.TreeSpec) -> pytree.TreeSpec:

@@ -21,7 +21,7 @@ from torch.utils import _pytree as pytree
 
 from .build_clips import build_clips
 from .canonicalize import canonicalize
-from .capture import Capture, Clock, capture, named_tensors
+from .capture import Capture, Clock, SizeReturned, capture, named_tensors
 from .codegen.constants import Constants
 from .compare_lengths import compare_lengths
 from .compare_runs import Runs
@@ -200,6 +200,8 @@ def compile_plan(
 
     def again(longer: int, closed: bool) -> tuple[Capture, fx.Graph]:
         other = capture(model, example, clock, longer, batch, captured, closed)
+        if other.out_spec != captured.out_spec:
+            raise SizeReturned("the model returns a number that follows from the length of its inputs")
         return other, _understand(model, other, clock, context)[0]
 
     alike = captured.symbolic_time or compare_lengths(graph, captured, again)

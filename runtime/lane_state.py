@@ -43,6 +43,8 @@ def lane_indices(lanes: Any, total: int) -> torch.Tensor:
     try:
         given = torch.as_tensor(lanes)
     except (TypeError, ValueError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "infer dtype" not in str(error):
+            raise  # of whatever went wrong, not of what was given
         raise InputError(f"lanes are a list of indices, or a bool for each lane, not {lanes!r:.100}") from error
     if given.dtype == torch.bool:
         if tuple(given.shape) != (total,):

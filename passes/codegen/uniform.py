@@ -23,6 +23,7 @@ _SAME = (  # of the numbers of their arguments, some or all
     aten.squeeze.dim, aten.select.int, aten.slice.Tensor, aten.expand.default, aten.clone.default, aten.unfold.default,
     aten.cat.default, aten.stack.default, aten.amax.default, aten.amin.default, aten.mean.dim,
 )  # fmt: skip
+_CASTS = {aten._to_copy.default, aten.to.dtype}
 _EITHER = {aten.eq.Tensor, aten.ne.Tensor}  # one of them holds for all numbers, NaN too
 
 Shapes = dict[fx.Node, tuple[int, ...]]
@@ -82,7 +83,7 @@ class Uniform:
         if (
             isinstance(node.target, torch._ops.OpOverload)
             and len(given) == len(node.all_input_nodes)
-            and (is_pointwise(node.target) or node.target is aten._to_copy.default)
+            and (is_pointwise(node.target) or node.target in _CASTS)
         ):
             args, kwargs = map_arg((node.args, node.kwargs), self.number.__getitem__)
             return torch.as_tensor(node.target(*args, **kwargs))
