@@ -397,7 +397,7 @@ SAMPLES = [
     Sample("unet_pooled", lambda: UNet(learned=False), (1, 2, 16), length=44, multiple=4),
     Sample("unet_fitted", UNetFitted, (1, 2, 12), length=33),
     Sample("unet_padded_where_odd", UNetOdd, (1, 2, 16), length=37),
-    Sample("unet_traced_where_odd", UNetOdd, (1, 2, 15), length=36, lag=1),
+    Sample("unet_traced_where_odd", UNetOdd, (1, 2, 15), length=36, lag=3),
     Sample("unet_cropped_where_odd", lambda: UNetOdd(crop=True), (1, 2, 16), length=37),
     Sample("padded_to_a_multiple", lambda: ToMultiple("pad"), (1, 2, 18), length=40, exact=False),
     Sample("padded_where_no_multiple", lambda: ToMultiple("pad_if"), (1, 2, 18), length=40, exact=False),
