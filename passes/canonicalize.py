@@ -74,6 +74,8 @@ def canonicalize(capture: Capture) -> fx.Graph:
         elif target is aten.copy.default and _alike(node.args[1], value):
             env[node] = args[1]  # all of it is overwritten
             continue
+        elif target in _ASSIGNMENTS and _masks(node):
+            target, args, kwargs = aten.where.self, (args[1][0], args[2], args[0]), {}
         elif target in _SHAPED_LIKE:
             target, args, kwargs = _SHAPED_LIKE[target], (args[0], [Number(s) for s in value.shape]), {}
         elif target in (aten.copy.default, aten.fill.Tensor):
@@ -101,6 +103,8 @@ def canonicalize(capture: Capture) -> fx.Graph:
 _CONVERSIONS = (aten.type_as.default, aten.to.other, aten.to.device, aten.to.dtype_layout)
 _JOINS = (aten.cat.default, aten.concat.default, aten.concatenate.default)
 
+_ASSIGNMENTS = (aten.index_put.default, aten._unsafe_index_put.default)
+
 # a program's tensors need not have the strides that were traced
 _RESHAPES = {aten.view.default: aten.reshape.default, aten._unsafe_view.default: aten.reshape.default}
 
@@ -127,6 +131,14 @@ _FILLS: dict[Any, float | str] = {
     aten.fill.Scalar: "value",
     aten.zero.default: 0,
 }
+
+
+def _masks(node: fx.Node) -> bool:
+    """Whether an assignment writes one number wherever a mask of the tensor's own shape says so."""
+    given = bind(node.target, node.args, node.kwargs)
+    x, written, (mask, *more) = given["self"].meta["val"], given["values"].meta["val"], given["indices"]
+    alone = mask is not None and not more and not given["accumulate"] and written.numel() == 1
+    return bool(alone and mask.meta["val"].dtype == torch.bool and mask.meta["val"].dim() == x.dim() >= written.dim())
 
 
 def _alike(node: Any, value: torch.Tensor) -> bool:

@@ -14,7 +14,7 @@ from torch.fx.node import map_arg
 
 from .capture import Capture
 from .errors import CaptureError
-from .fold_positions import call_at, take_place
+from .graph_edits import call_at, take_place
 
 
 def compare_lengths(

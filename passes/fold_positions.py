@@ -16,8 +16,7 @@ import torch
 from torch import fx
 from torch.fx.node import map_arg
 
-from .canonicalize import bind
-from .layout import Sizes
+from .graph_edits import call_at, moves, sizes_of, take_place
 
 aten = torch.ops.aten
 
@@ -60,24 +59,6 @@ def fold_positions(graph: fx.Graph) -> None:
             take_place(node, new)
         ramps[new] = ramp
     graph.eliminate_dead_code()
-
-
-def sizes_of(node: fx.Node) -> list[Sizes]:
-    """A shape: for each dimension its sizes at the sample points."""
-    return list(zip(*node.meta["sizes"], strict=True))
-
-
-def moves(node: fx.Node) -> bool:
-    """Whether the shape is not the same at all sample points."""
-    return len(set(node.meta["sizes"])) > 1
-
-
-def take_place(old: fx.Node, new: fx.Node) -> None:
-    """Let all that read one node read another."""
-    users = list(old.users)
-    old.replace_all_uses_with(new, propagate_meta=False)
-    for user in users:
-        user.meta["samples"] = [map_arg(s, lambda n: new if n is old else n) for s in user.meta.get("samples", [])]
 
 
 # -- what a node is ----------------------------------------------------------------------------------------------------
@@ -337,12 +318,3 @@ def _made_anew(graph: fx.Graph, node: fx.Node, ramp: Ramp) -> fx.Node:
             wide: list[Any] = [((new, list(s)), {}) for s in shapes]
             new = call_at(graph, node, aten.expand.default, wide, shapes, value)
     return new
-
-
-def call_at(graph: fx.Graph, like: fx.Node, target: Any, calls: list[Any], sizes: list[Any], value: Any) -> fx.Node:
-    """A call with its arguments and its result's shape at each sample point."""
-    with graph.inserting_before(like):
-        node = graph.call_function(target, *calls[0])
-    node.meta = {k: like.meta[k] for k in ("stack_trace", "nn_module_stack", "traced") if k in like.meta}
-    node.meta |= {"val": value, "samples": [bind(target, *c) for c in calls], "sizes": list(sizes)}
-    return node

@@ -36,6 +36,8 @@ from .propagate_facts import Facts, propagate_facts
 from .registry import Call, Fact, InClip, Static
 from .roll_up_loops import gather_assignments, roll_up_loops
 from .schedule_delays import Schedule, phases, reach, schedule_delays
+from .sink_slices import sink_slices
+from .split_einsums import split_einsums
 from .stream_graph import Clip, Op, Value, View, read
 from .unfold_spectra import unfold_spectra
 from .unskew_distances import unskew_distances
@@ -380,6 +382,8 @@ def _with_facts(
 ) -> tuple[fx.Graph, Facts, Constants]:
     """A canonical graph in its simplest form, with its facts."""
     gather_assignments(graph)
+    split_einsums(graph)
+    sink_slices(graph)
     fold_positions(graph)
     unfold_spectra(graph)
     while True:

@@ -474,9 +474,9 @@ class Call:
         return self.emit_several(layout, reads, lower=lower or lower_call, length_of=[values[0]])
 
     def dtype(self, index: int | None = None) -> torch.dtype:
-        """The (index-th) result's dtype."""
+        """The (index-th, else the first) result's dtype."""
         val = self.node.meta["val"]
-        dtype: torch.dtype = (val if index is None else val[index]).dtype
+        dtype: torch.dtype = (val[index or 0] if isinstance(val, (tuple, list)) else val).dtype
         return dtype
 
     # -- the time axis -----------------------------------------------------------------------------------------------

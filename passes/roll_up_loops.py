@@ -16,6 +16,7 @@ import torch
 from torch import fx
 from torch.fx.node import map_arg
 
+from .graph_edits import take_place
 from .loops import Collected, Loop
 from .propagate_facts import Facts
 from .registry import Static
@@ -71,7 +72,7 @@ def gather_assignments(graph: fx.Graph) -> None:
     """
     for node in list(graph.nodes):
         if node.target is aten.select.int and (source := _assigned(node)) is not None:
-            _take_place(node, source)
+            take_place(node, source)
             graph.erase_node(node)
     for node in list(graph.nodes):
         if node.target is not aten.select_scatter.default or any(u.target is node.target for u in node.users):
@@ -103,7 +104,7 @@ def gather_assignments(graph: fx.Graph) -> None:
             stack = graph.call_function(aten.stack.default, (parts, dim))
         samples = [{"tensors": parts, "dim": dim} for _ in node.meta["samples"]]
         stack.meta = dict(node.meta) | {"samples": samples}
-        _take_place(node, stack)
+        take_place(node, stack)
     graph.eliminate_dead_code()
 
 
@@ -129,13 +130,6 @@ def _assigned(node: fx.Node) -> fx.Node | None:
     return None
 
 
-def _take_place(old: fx.Node, new: fx.Node) -> None:
-    """Let all that read one node read another."""
-    old.replace_all_uses_with(new, propagate_meta=False)
-    for user in new.users:
-        user.meta["samples"] = [map_arg(s, lambda n: new if n is old else n) for s in user.meta.get("samples", [])]
-
-
 def _frames(graph: fx.Graph, facts: Facts) -> dict[Any, dict[fx.Node, _Frame]]:
     """The streams of which every single frame is taken, by source and kind; one that is taken twice is taken once."""
     found: dict[Any, dict[fx.Node, _Frame]] = {}
@@ -145,7 +139,7 @@ def _frames(graph: fx.Graph, facts: Facts) -> dict[Any, dict[fx.Node, _Frame]]:
         if frame is None:
             continue
         if first.setdefault(frame, node) is not node:
-            _take_place(node, first[frame])
+            take_place(node, first[frame])
             graph.erase_node(node)
             continue
         found.setdefault(frame.slot, {})[node] = frame
@@ -523,6 +517,6 @@ def _replace(graph: fx.Graph, loop: Loop, args: list[fx.Node], wanted: list[fx.N
             item = graph.create_node("call_function", operator.getitem, (node, i), {}, name=f"{old.name}_rolled")
         item.meta = dict(old.meta) | {"samples": [{"0": node, "1": i} for _ in points]}
         previous = item
-        _take_place(old, item)
+        take_place(old, item)
     graph.eliminate_dead_code()
     graph.lint()

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from .fold_positions import call_at, sizes_of, take_place
+from .graph_edits import call_at, sizes_of, take_place
 
 aten = torch.ops.aten
 

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from .fold_positions import call_at, moves, sizes_of, take_place
+from .graph_edits import call_at, moves, sizes_of, take_place
 from .layout import Sizes
 
 aten = torch.ops.aten

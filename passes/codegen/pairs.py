@@ -7,6 +7,7 @@ these may read (columns). What depends on nothing but the distance of the two be
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -44,6 +45,12 @@ class Scope:
     limit: int | None = None
     made: dict[Any, Any] = field(default_factory=dict)
 
+    @cached_property
+    def turned(self) -> Scope:
+        """The same with rows and columns exchanged."""
+        swapped = {(value, not at_keys): node for (value, at_keys), node in self.frames.items()}
+        return Scope(self.columns, self.rows, swapped, alike=self.alike, limit=self.limit)
+
 
 def evaluate(b: Builder, value: Value, scope: Scope) -> Any:
     """A value with an entry for every row and column."""
@@ -54,7 +61,8 @@ def evaluate(b: Builder, value: Value, scope: Scope) -> Any:
     else:
         op = value.producer
         assert isinstance(op, Op)
-        windows = [_operand(b, r.source, i in op.columns, scope) for i, r in enumerate(op.reads)]
+        inner = scope.turned if op.turns else scope
+        windows = [_operand(b, r.source, i in op.columns, inner) for i, r in enumerate(op.reads)]
         before, b.scope = b.scope, scope
         node = op.lower(b, op, windows, scope.rows, [])
         b.scope = before
@@ -170,6 +178,8 @@ class Evaluator(Builder):
             return torch.where(args[0] <= MASKED, 0.0, torch.nan).to(result.dtype)
         if target is aten.baddbmm.default:
             return torch.where(args[0] <= MASKED, -torch.inf, result)
+        if target in _PRODUCTS:
+            return torch.where(_nothing(target, args), 0.0, result)
         if torch.Tag.pointwise in target.tags:
             for a in unknown:
                 result = torch.where(a.isnan(), torch.nan, result)
@@ -183,6 +193,15 @@ _MOVES = {
     aten.squeeze.dim, aten.clone.default, aten._to_copy.default, aten.to.dtype, aten.slice.Tensor,
     aten.index_select.default, aten.new_full.default, aten.full_like.default, aten.tril.default, aten.triu.default,
 }  # fmt: skip
+
+
+_PRODUCTS = {aten.einsum.default, aten.matmul.default, aten.bmm.default}
+
+
+def _nothing(target: Any, args: tuple[Any, ...]) -> torch.Tensor:
+    """Which entries of a sum of products are zero, because in each product one factor is."""
+    some: torch.Tensor = target(*pytree.tree_map_only(torch.Tensor, lambda a: (a != 0).float(), args))
+    return some == 0
 
 
 def _absorbed(target: Any, args: tuple[Any, ...], result: torch.Tensor) -> torch.Tensor:
@@ -321,13 +340,22 @@ def parts_of(value: Value) -> set[Value]:
 
 def streams_of(value: Value) -> list[tuple[Value, bool]]:
     """The streams from which a value for pairs of frames is made, and whether they are read at the keys."""
-    found: dict[tuple[Value, bool], None] = {}
-    for v in sorted(parts_of(value), key=lambda v: v.name):
-        assert isinstance(v.producer, Op)
-        for i, r in enumerate(v.producer.reads):
-            if not r.source.layout.paired and not positional(r.source):
-                found[r.source, i in v.producer.columns] = None
-    return list(found)
+    found: set[tuple[Value, bool]] = set()
+    seen: set[tuple[Value, bool]] = set()
+    queue = [(value, False)]
+    while queue:
+        v, turned = queue.pop()
+        if (v, turned) in seen or not v.layout.paired:
+            continue
+        seen.add((v, turned))
+        op = v.producer
+        assert isinstance(op, Op)
+        for i, r in enumerate(op.reads):
+            if r.source.layout.paired:
+                queue.append((r.source, turned != op.turns))
+            elif not positional(r.source):
+                found.add((r.source, (i in op.columns) != turned))
+    return sorted(found, key=lambda each: (each[0].name, each[1]))
 
 
 def tables_of(value: Value) -> list[Op]:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import string
-
 import torch
 from torch import nn
 
 from ..layout import TIME, Dim, Layout, dim
 from ..registry import Call, Fact, Sample, Static, lower_call, overloads, rule
+from ..split_einsums import spelled_out
 from ..stream_graph import Value, read
 
 aten = torch.ops.aten
@@ -91,25 +90,6 @@ def distances(call: Call) -> Fact:
     call.require(len(layout.time_dims) == 1, "a distance of every frame to every frame")
     call.require(all(not (x and y and x != y) for x, y in zip(*wide, strict=True)), "time is folded differently")
     return call.framewise(layout)
-
-
-def spelled_out(equation: str, ranks: list[int]) -> tuple[list[str], str]:
-    """The terms and the result of an einsum, a letter for each dimension: ``...`` and a missing result made explicit.
-
-    An ellipsis stands for the dimensions that a term's letters leave over, counted from the last one (torch.einsum).
-    """
-    terms, arrow, result = equation.replace(" ", "").partition("->")
-    free = [x for x in string.ascii_letters if x not in equation]
-    parts = terms.split(",")
-    over = [
-        rank - len(part.replace("...", "")) if "..." in part else 0 for part, rank in zip(parts, ranks, strict=True)
-    ]
-    wide = "".join(free[: max(over)])
-    letters = [part.replace("...", wide[len(wide) - n :]) for part, n in zip(parts, over, strict=True)]
-    if arrow:
-        return letters, result.replace("...", wide)
-    once = sorted(x for x in set(terms) - set(".,") if terms.count(x) == 1)
-    return letters, wide + "".join(once)
 
 
 @rule(aten.einsum.default)

@@ -13,11 +13,12 @@ from typing import Any
 
 import torch
 from torch import fx, nn
+from torch.utils import _pytree as pytree
 
 from ..codegen.pairs import Evaluator, Reach, Scope, alike, evaluate, find_reach, frames, parts_of, streams_of
 from ..errors import NonLocal
 from ..layout import KEY, TIME, Dim, Layout, from_sizes
-from ..registry import Call, Fact, Pair, Sample, find_rule, lower_call, overloads, pair_rule, rule
+from ..registry import Call, Fact, InClip, Pair, Sample, find_rule, lower_call, overloads, pair_rule, rule
 from ..schedule import Taps
 from ..stream_graph import SAME, Op, Read, Value, Window, positional, read
 from .slicing import bound
@@ -51,6 +52,21 @@ def make(
     return Pair("pairs of frames are read outside of attention", value=value)
 
 
+def turn(call: Call, x: Value) -> Value:
+    """The same pairs, of which each row is a key and each column a query."""
+    weighed = any(v.node is not None and v.node.target in _WEIGHTS for v in parts_of(x))
+    call.require(not weighed, "weights of keys are read by their columns")
+    layout = x.layout.replace(x.layout.time, (KEY,)).replace(x.layout.key, (TIME,))
+    value = make(call, layout, [x], lower=lambda b, op, windows, span, _: windows[0].node, rows=x).value
+    value.dtype = x.dtype
+    assert isinstance(value.producer, Op)
+    value.producer.turns = True
+    return value
+
+
+_WEIGHTS = (aten.softmax.int, aten._softmax.default)  # they know their keys
+
+
 def same_clock(call: Call, values: Sequence[Value]) -> None:
     """Both of the two frames of a pair are counted by the same clock."""
     call.require(len({v.rate for v in values}) == 1, "queries and keys have different frame rates")
@@ -69,8 +85,10 @@ def pointwise(call: Call) -> Fact:
         if isinstance(fact, Pair):
             v = fact.value
             at = rank - len(v.layout)
-            crossed = row is not None and (row, column) != (at + v.layout.time, at + v.layout.key)
-            call.require(not crossed, "rows and columns of two masks lie crosswise")
+            if row is not None and (row, column) == (at + v.layout.key, at + v.layout.time):
+                v = turn(call, v)
+            lies = row is None or (row, column) == (at + v.layout.time, at + v.layout.key)
+            call.require(lies, "two masks lie in different dimensions")
             row, column = at + v.layout.time, at + v.layout.key
             axes |= {row, column}
         elif isinstance(fact, Value):
@@ -170,6 +188,7 @@ def slice_(call: Call) -> Fact:
 def triangle(call: Call) -> Fact:
     """The entries on one side of a diagonal, zero elsewhere."""
     x = _pair(call, "self")
+    x = x if x.layout.time < x.layout.key else turn(call, x)
     layout = x.layout
     rank = len(layout)
     call.require((layout.time, layout.key) == (rank - 2, rank - 1), "a triangle of other dimensions")
@@ -229,7 +248,7 @@ def lower_lookup(b: Any, op: Op, windows: list[Window], span: range, _: Any) -> 
     *overloads(
         "view.default reshape.default _unsafe_view.default flatten.using_ints unflatten.int squeeze.default "
         "squeeze.dim squeeze.dims unsqueeze.default permute.default transpose.int swapaxes.default t.default "
-        "mT.default movedim.int movedim.intlist expand.default embedding.default select.int"
+        "mT.default movedim.int movedim.intlist embedding.default select.int"
     )
 )
 def as_frames(call: Call) -> Fact:
@@ -246,12 +265,36 @@ def as_frames(call: Call) -> Fact:
     return Pair("pairs of frames are read outside of attention", value=value)
 
 
+@pair_rule(*overloads("expand.default repeat.default"))
+def spread(call: Call) -> Fact:
+    """A stream repeated along a second time axis: an entry for every two frames, which depends on one of them."""
+    if isinstance(call.fact(call.samples[0]["self"]), Pair):
+        return as_frames(call)
+    x = call.ungroup(call.stream("self"))
+    sizes, added = call.out_sizes, len(call.out_sizes) - len(x.layout)
+    at = added + x.layout.time
+    along = [i for i, s in enumerate(sizes) if i != at and s == x.lengths and not x.layout[i - added]]
+    call.require(len(along) == 1 and len(set(x.lengths)) > 1, "something without time is expanded along time")
+    row, column = sorted((at, along[0]))
+    dims: list[Dim] = []
+    for i, s in enumerate(sizes):
+        before = x.layout[i - added] if i >= added else ()
+        dims.append((TIME,) if i == row else (KEY,) if i == column else before or from_sizes([s], call.graph.batch)[0])
+    layout = Layout(tuple(dims))
+
+    def lower(b: Any, op: Op, windows: list[Window], span: range, _: Any) -> Any:
+        return b.aten("expand.default", windows[0].node, b.sizes(layout, len(span)))
+
+    columns = [0] if at == column else []
+    return make(call, layout, [x], columns=columns, nodes=call.stream_nodes[:1], rows=x, lower=lower)
+
+
 @pair_rule(*overloads("softmax.int _softmax.default"))
 def softmax(call: Call) -> Fact:
     """Weights of the keys; keys that do not exist have none."""
     x = _pair(call, "self")
     axis = call.arg("dim") % len(x.layout)
-    call.require(axis != x.layout.time, "softmax over the queries")
+    x = turn(call, x) if axis == x.layout.time else x
 
     def lower(b: Any, op: Op, windows: list[Window], span: range, _: Any) -> Any:
         scores = windows[0].node
@@ -358,6 +401,8 @@ class _Product:
         self.call.require(bool(paired), "a product that sums over the time axis")
         weights, other = values[paired[0]], values[1 - paired[0]]
         assert weights is not None
+        if self.terms[paired[0]][weights.layout.key] in self.result and other is not None and not other.layout.paired:
+            weights = weights if self.terms[paired[0]][weights.layout.time] in self.result else turn(self.call, weights)
         row, column = self.terms[paired[0]][weights.layout.time], self.terms[paired[0]][weights.layout.key]
         if {row, column} <= set(self.result):
             return self._entry_by_entry((row, column))
@@ -530,16 +575,18 @@ def no_key_ahead(value: Value) -> bool:
 
 def evaluator(call: Call) -> Evaluator:
     """What evaluates masks when compiling."""
-    return Evaluator(call.constants, call.graph, call.node.meta["val"].device)
+    device = next(v.device for v in pytree.tree_leaves(call.node.meta["val"]))
+    return Evaluator(call.constants, call.graph, device)
 
 
 def as_masking(call: Call, node: fx.Node, clock: Value) -> Value:
     """An attention mask (True, or a number that is added, where a query reads a key) as pairs of frames."""
     fact = call.facts[node]
     if isinstance(fact, Pair):
-        layout = fact.value.layout
-        call.require((layout.time, layout.key) == (len(layout) - 2, len(layout) - 1), "a mask lies crosswise")
-        return fact.value
+        value = fact.value if fact.value.layout.time < fact.value.layout.key else turn(call, fact.value)
+        at = value.layout.time, value.layout.key
+        call.require(at == (len(value.layout) - 2, len(value.layout) - 1), "a mask lies in other dimensions")
+        return value
     call.require(not isinstance(fact, Value), "a mask for each frame")
     rank = node.meta["val"].dim()
     call.require(rank >= 2, "a mask without rows")
@@ -565,26 +612,41 @@ def _by_distance(weights: Value, reach: Reach) -> bool:
     return True
 
 
-@pair_rule(*overloads("sum.dim_IntList amax.default logsumexp.default"))
+@pair_rule(*overloads("sum.dim_IntList amax.default logsumexp.default max.dim"))
 def reduction(call: Call) -> Fact:
     """A sum or the like over the keys of each query."""
     x = _pair(call, "self")
     given = call.arg("dim")
     over = {d % len(x.layout) for d in ([given] if isinstance(given, int) else given or range(len(x.layout)))}
-    call.require(x.layout.key in over and x.layout.time not in over, "a reduction over the queries")
+    call.require(len({x.layout.key, x.layout.time} & over) == 1, "a reduction over queries and keys, or over neither")
+    x = turn(call, x) if x.layout.time in over else x
     keep = bool(call.arg("keepdim", False))
     layout = Layout(tuple(() if i in over else d for i, d in enumerate(x.layout) if keep or i not in over))
-    summed = call.node.target is aten.sum.dim_IntList
+    summed, indexed = call.node.target is aten.sum.dim_IntList, call.node.target is aten.max.dim
+    call.require(not indexed or all(u.args[1] == 0 for u in call.node.users), "where the largest key lies is asked for")
     node = call.samples[0]["self"]
 
     def lower(b: Any, op: Op, scope: Scope) -> Any:
         pairs = evaluate(b, x, scope)
         pairs = b.where_exists(pairs, x.layout, 0 if summed else torch.finfo(x.dtype).min, scope)
-        window = Window(pairs, scope.rows.start, scope.rows.stop)
-        return b.call(dataclasses.replace(op, stream_nodes=[node]), [window])
+        found = b.call(dataclasses.replace(op, stream_nodes=[node]), [Window(pairs, scope.rows.start, scope.rows.stop)])
+        return b.getitem(found, 0) if indexed else found
 
     reach = None if summed else find_reach(evaluator(call), x, scores=True)
-    return summed_up(call, layout, x, [], lower, reach)
+    # of positions alone, which keep no frames: their own count is what is read at the keys
+    others = [] if streams_of(x) else [(_count(call, x), True)]
+    result = summed_up(call, layout, x, others, lower, reach)
+    return (result, NO_INDEX) if indexed else result
+
+
+NO_INDEX = InClip("where the largest key lies is asked for")
+
+
+def _count(call: Call, like: Value) -> Value:
+    """A frame of nothing for each frame of another value."""
+    lower = lambda b, op, windows, span, _: b.full([len(span)], 0, torch.bool)  # noqa: E731
+    layout = Layout(((TIME,),))
+    return call.emit(layout, [], rate=like.rate, length_of=[like], lower=lower, dtypes=[torch.bool])
 
 
 # triangles and masks that do not depend on time have no rule of their own: they are static

@@ -315,6 +315,77 @@ class SkewedTable(Heads):
         return F.scaled_dot_product_attention(q, k, v, attn_mask=moved + mask)
 
 
+class KeysFirst(Heads):
+    """Keys times queries: a column of scores for each query."""
+
+    def attend(self, q, k, v):
+        t = q.shape[2]
+        scores = (k @ q.transpose(-1, -2)).masked_fill(torch.ones(t, t).tril(-1) == 1, -torch.inf)
+        return scores.softmax(-2).transpose(-1, -2) @ v
+
+
+class TurnedMask(Heads):
+    """The mask of torch's older documentation: a triangle, turned around."""
+
+    def attend(self, q, k, v):
+        mask = (torch.triu(torch.ones(q.shape[2], q.shape[2])) == 1).transpose(0, 1)
+        mask = mask.float().masked_fill(mask == 0, -torch.inf).masked_fill(mask == 1, 0.0)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+
+
+class AssignedMask(Heads):
+    """A mask that is written where one position lies before another."""
+
+    def attend(self, q, k, v):
+        i = torch.arange(q.shape[2])
+        bias = torch.zeros(q.shape[2], q.shape[2])
+        bias[i[:, None] < i[None]] = -1e9
+        return ((q @ k.transpose(-1, -2) + bias).softmax(-1)) @ v
+
+
+class Retention(Heads):
+    """RetNet: no softmax, weights that decay, normalized by sums over them and by sums over positions alone."""
+
+    def attend(self, q, k, v):
+        i = torch.arange(q.shape[2])
+        decay = (i[:, None] >= i[None]) / (1 + (i[:, None] - i[None]).clamp(min=0))
+        weights = q @ k.transpose(-1, -2) * (decay / decay.sum(-1, keepdim=True).sqrt())
+        return (weights / weights.detach().abs().sum(-1, keepdim=True).clamp(min=1)) @ v
+
+
+class MatrixMemory(nn.Module):
+    """The parallel form of an xLSTM's matrix memory: sums of gates from each key on to its query."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv, self.gates = nn.Linear(4, 12), nn.Linear(4, 2)
+
+    def forward(self, x):
+        b, t, _ = x.shape
+        (q, k, v), (i, f) = self.qkv(x).chunk(3, -1), self.gates(x).split(1, -1)
+        total = torch.cat([torch.zeros(b, 1, 1), F.logsigmoid(f).cumsum(1)], 1).repeat(1, 1, t + 1)
+        since = torch.where(torch.ones(t, t).tril() == 1, (total - total.transpose(1, 2))[:, 1:, 1:], -torch.inf)
+        since = since + i.transpose(1, 2)
+        largest = since.max(-1, keepdim=True).values
+        weights = q @ k.transpose(1, 2) * torch.exp(since - largest)
+        return weights / torch.maximum(weights.sum(-1, keepdim=True).abs(), torch.exp(-largest)) @ v
+
+
+class StateSpaceDual(nn.Module):
+    """Mamba-2 as attention: an einsum of four tensors, one of them what has decayed from each key to its query."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bc, self.a = nn.Linear(4, 6), nn.Linear(4, 1)
+
+    def forward(self, x):
+        b, c = self.bc(x).chunk(2, -1)
+        total = -F.softplus(self.a(x))[..., 0].cumsum(-1)
+        after = torch.ones(x.shape[1], x.shape[1]).tril() == 0
+        decay = (total[:, :, None] - total[:, None]).masked_fill(after, -torch.inf).exp()
+        return torch.einsum("btn,bsn,bts,bsp->btp", c, b, decay, x)
+
+
 SAMPLES = [
     attention("skewed", Skewed),
     banded("skewed_band", lambda: Skewed(back=3)),
@@ -322,6 +393,12 @@ SAMPLES = [
     attention("skewed_table", SkewedTable),
     Sample("attention_skewed_over_the_clip", lambda: Skewed(ahead=None), (2, 9, 4), 1, kind="clip"),
     Sample("attention_skewed_past_its_distances", lambda: Skewed(ahead=1, back=3), (2, 9, 4), 1, kind="clip"),
+    attention("keys_first", KeysFirst),
+    attention("turned_mask", TurnedMask),
+    attention("assigned_mask", AssignedMask),
+    attention("retention", Retention),
+    attention("matrix_memory", MatrixMemory),
+    attention("state_space_dual", StateSpaceDual),
     attention("flag", Heads),
     attention("tril", ByTril),
     attention("buffer", ByBuffer),
