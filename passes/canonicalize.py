@@ -16,6 +16,7 @@ from torch.fx.node import map_arg
 
 from .capture import Capture, Point
 from .errors import CaptureError
+from .functionalize import functional
 from .registry import entry
 
 aten = torch.ops.aten
@@ -389,17 +390,3 @@ def _writes(node: fx.Node) -> bool:
     return isinstance(node.target, torch._ops.OpOverload) and any(
         a.alias_info is not None and a.alias_info.is_write for a in node.target._schema.arguments
     )
-
-
-def functional(target: Any) -> Any:
-    """The functional twin of an in-place overload; any other target as it is."""
-    if not isinstance(target, torch._ops.OpOverload) or not any(
-        a.alias_info is not None and a.alias_info.is_write for a in target._schema.arguments
-    ):
-        return target
-    name = target._schema.name.split("::")[1]
-    packet = getattr(aten, name.rstrip("_"), None)
-    twin = getattr(packet, target._overloadname, None) or getattr(packet, "default", None)
-    if twin is None:
-        raise TypeError(f"{target} has no functional twin")
-    return twin

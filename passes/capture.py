@@ -13,7 +13,6 @@ import inspect
 import io
 import logging
 import math
-import operator
 import signal
 import threading
 import traceback
@@ -36,6 +35,7 @@ from torch.utils._sympy.printers import PythonPrinter
 from .both_branches import both_branches
 from .caught_errors import caught_errors
 from .errors import CaptureError, raised_at
+from .functionalize import functionalize, needs_functionalization
 from .inline_regions import inline_regions
 from .known_values import KnownValues
 from .record_calls import record_calls
@@ -242,7 +242,7 @@ def _export(
         known_to_torch = torch.export.default_decompositions() if composite else {}  # (a table of all ops)
         decompose = {op: known_to_torch[op] for op in composite if op in known_to_torch}
         vmapped = any("functorch" in str(getattr(n.target, "__module__", "")) for n in program.graph.nodes)
-        if decompose or vmapped or needs_functionalization(program.graph):
+        if decompose or vmapped or (needs_functionalization(program.graph) and not functionalize(program.graph)):
             program = program.run_decompositions(decompose)
     return program
 
@@ -309,41 +309,6 @@ def _export_recorded(
         for b, t in zip(clock.batch_dims, clock.time_dims, strict=True)
     ]
     return _export(recorded, inputs, dims, known)
-
-
-def needs_functionalization(graph: fx.Graph) -> bool:
-    """Whether something is written in place to a tensor that is seen elsewhere too.
-
-    An in-place op on a value that nothing else looks at is as good as its functional twin (see `canonicalize`).
-    """
-    order = {n: i for i, n in enumerate(graph.nodes)}
-    written: dict[fx.Node, fx.Node] = {}  # in-place op -> what it writes to
-    viewed: dict[fx.Node, fx.Node] = {}  # view -> what it is a view of
-    for node in graph.nodes:
-        if node.target is operator.getitem:
-            viewed[node] = node.args[0]
-        elif isinstance(node.target, torch._ops.OpOverload):
-            if node.target is torch.ops.aten.detach_.default:  # (of `torch.tensor`) writes no number
-                viewed[node] = node.args[0]
-                continue
-            for arg, schema in zip(node.args, node.target._schema.arguments, strict=False):
-                if schema.alias_info is not None and isinstance(arg, fx.Node):
-                    (written if schema.alias_info.is_write else viewed)[node] = arg
-
-    def base(node: fx.Node, through_views: bool) -> fx.Node:
-        while node in written or (through_views and node in viewed):
-            node = written[node] if node in written else viewed[node]
-        return node
-
-    for writer, target in written.items():
-        whole = base(target, through_views=False)
-        if whole in viewed or whole.op != "call_function":
-            return True
-        for view in viewed:
-            later = any(order[user] > order[writer] for user in view.users)
-            if later and order[view] < order[writer] and base(view, through_views=True) is whole:
-                return True
-    return False
 
 
 def named_tensors(model: nn.Module) -> dict[str, torch.Tensor]:

@@ -159,8 +159,11 @@ class Runs:
             moving: set[Place] = set()
             steps = (*FOLLOWED, self.traced, (self.traced + 1) // 2, *NEARBY)
             for ahead in (CONGRUENT, *steps) if self.captured.symbolic_time else steps:
-                far, farther = self.at(self.traced + ahead), self.at(self.traced + 3 * ahead)
-                if far is None or farther is None or far.cut or farther.cut:
+                if self.loops and self.traced + 3 * ahead > MORE_CALLS * self.traced:
+                    continue  # it would not be seen to its end
+                far = self.at(self.traced + ahead)
+                farther = self.at(self.traced + 3 * ahead) if far is not None and not far.cut else None
+                if far is None or farther is None or farther.cut:
                     continue
                 for place in base.calls.keys() & far.calls.keys() & farther.calls.keys():
                     seen = [list(run.calls[place]) for run in (base, far, farther)]
@@ -194,6 +197,8 @@ class Runs:
         for far in ahead:
             if self._agrees(far):
                 good = far
+                if (run := self.seen.get(far)) is not None and run.cut:
+                    return None  # as those further ahead would be
                 continue
             step = next((d for d in (1, 2, 4, 8, 16, 32) if self._agrees(base + d)), base)
             low, high = (good - base) // step, -((base - far) // step)

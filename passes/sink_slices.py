@@ -6,6 +6,7 @@ transpose, and cut from the first entry on: each of these slices moves up to wha
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,8 +32,11 @@ def sink_slices(graph: fx.Graph) -> None:
 
 
 def _paired(node: fx.Node) -> bool:
-    """Whether more than one dimension follows the clip's length."""
-    return sum(len(set(s)) > 1 for s in sizes_of(node)) > 1
+    """Whether two dimensions follow the clip's length, and so each other."""
+    moving = [s for s in sizes_of(node) if len(set(s)) > 1]
+    return any(
+        len({n - m for n, m in zip(one, other, strict=True)}) == 1 for one, other in itertools.combinations(moving, 2)
+    )
 
 
 @dataclass(frozen=True)

@@ -22,13 +22,20 @@ LAYERS = aten.lstm.input, aten.gru.input, aten.rnn_tanh.input, aten.rnn_relu.inp
 def _lstm(x: torch.Tensor, hx: list[torch.Tensor], params: Any, biases: bool, layers: int, dropout: float,
           train: bool, bidirectional: bool, batch_first: bool) -> tuple[torch.Tensor, ...]:  # fmt: skip
     width = hx[0].shape[-1] * (2 if bidirectional else 1)  # hx[0] knows proj_size
-    return x.new_empty((*x.shape[:-1], width)), hx[0].new_empty(hx[0].shape), hx[1].new_empty(hx[1].shape)
+    return _over_time(x, width, batch_first), hx[0].new_empty(hx[0].shape), hx[1].new_empty(hx[1].shape)
 
 
 def _rnn(x: torch.Tensor, hx: torch.Tensor, params: Any, biases: bool, layers: int, dropout: float,
          train: bool, bidirectional: bool, batch_first: bool) -> tuple[torch.Tensor, ...]:  # fmt: skip
     width = hx.shape[-1] * (2 if bidirectional else 1)
-    return x.new_empty((*x.shape[:-1], width)), hx.new_empty(hx.shape)
+    return _over_time(x, width, batch_first), hx.new_empty(hx.shape)
+
+
+def _over_time(x: torch.Tensor, width: int, batch_first: bool) -> torch.Tensor:
+    """What a layer yields for every frame: in memory time comes first, as the real kernels have it."""
+    if not batch_first:
+        return x.new_empty((*x.shape[:-1], width))
+    return x.new_empty((x.shape[1], x.shape[0], width)).transpose(0, 1)
 
 
 def _lstm_cell(x: torch.Tensor, hx: list[torch.Tensor], *params: Any) -> tuple[torch.Tensor, ...]:

@@ -367,7 +367,22 @@ class OfEachJoint(nn.Module):
         return self.second(rows.transpose(0, 1))[0].transpose(0, 1).unflatten(0, joints.shape[:2]).permute(0, 3, 2, 1)
 
 
+class WrittenBeside(nn.Module):
+    """A layer's frames, made contiguous, beside a tensor that is written to in place."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.memory = nn.LSTM(3, 4, batch_first=True)
+
+    def forward(self, x):
+        y = torch.zeros(*x.shape[:2], 4)
+        y[..., :2] = x[..., 1:]
+        found = self.memory(x)[0].contiguous().view(-1, 4) * 2
+        return found.view(y.shape) + y
+
+
 SAMPLES = [
+    recurrent("written_beside", WrittenBeside),
     recurrent("of_each_joint", OfEachJoint, (2, 3, 8, 5), time_dim=2),
     recurrent(
         "unbatched_lstm", lambda: Output(nn.LSTM(3, 4)), (8, 3), time_dim=0, batch_dim=None, options={"batch_dim": None}
