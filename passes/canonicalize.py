@@ -17,7 +17,7 @@ from torch.fx.node import map_arg
 from .capture import Capture, Point
 from .errors import CaptureError
 from .functionalize import functional
-from .registry import entry
+from .registry import entry, note
 
 aten = torch.ops.aten
 
@@ -54,7 +54,7 @@ def canonicalize(capture: Capture) -> fx.Graph:
             continue
         written = node.args[0] if _writes(node) else None
         target = functional(node.target)
-        target = _RESHAPES.get(target, target)
+        target = _OTHER_NAMES.get(target, target)
         taken = node
         if node.target is operator.getitem and _decomposed_norm(node.args[0]):
             taken, target = node.args[0], aten.batch_norm.default
@@ -106,8 +106,17 @@ _JOINS = (aten.cat.default, aten.concat.default, aten.concatenate.default)
 
 _ASSIGNMENTS = (aten.index_put.default, aten._unsafe_index_put.default)
 
-# a program's tensors need not have the strides that were traced
-_RESHAPES = {aten.view.default: aten.reshape.default, aten._unsafe_view.default: aten.reshape.default}
+_OTHER_NAMES = {
+    # a program's tensors need not have the strides that were traced
+    aten.view.default: aten.reshape.default,
+    aten._unsafe_view.default: aten.reshape.default,
+    aten.__and__.Tensor: aten.bitwise_and.Tensor,
+    aten.__and__.Scalar: aten.bitwise_and.Scalar,
+    aten.__or__.Tensor: aten.bitwise_or.Tensor,
+    aten.__or__.Scalar: aten.bitwise_or.Scalar,
+    aten.__xor__.Tensor: aten.bitwise_xor.Tensor,
+    aten.__xor__.Scalar: aten.bitwise_xor.Scalar,
+}
 
 # of another tensor nothing but its shape is read
 _SHAPED_LIKE = {
@@ -140,6 +149,9 @@ def _masks(node: fx.Node) -> bool:
     x, written, (mask, *more) = given["self"].meta["val"], given["values"].meta["val"], given["indices"]
     alone = mask is not None and not more and not given["accumulate"] and written.numel() == 1
     return bool(alone and mask.meta["val"].dtype == torch.bool and mask.meta["val"].dim() == x.dim() >= written.dim())
+
+
+note(*_CONVERSIONS, *_OTHER_NAMES, *_SHAPED_LIKE, *_FILLS, *_JOINS, stays=True)
 
 
 def _alike(node: Any, value: torch.Tensor) -> bool:

@@ -269,8 +269,7 @@ def _kept(node: fx.Node, ramps: dict[fx.Node, Ramp]) -> fx.Node | None:
 
 # and, or: what leaves the other side as it is
 _JUNCTIONS = {
-    aten.bitwise_and: True, aten.logical_and: True, aten.__and__: True,
-    aten.bitwise_or: False, aten.logical_or: False, aten.__or__: False,
+    aten.bitwise_and: True, aten.logical_and: True, aten.bitwise_or: False, aten.logical_or: False,
 }  # fmt: skip
 
 

@@ -212,7 +212,8 @@ class Op:
         masked_until: its first so many frames need a masked program, whatever it reads.
         clip: what it evaluates, if it recomputes a clip.
         columns: the reads that it takes at the frames of the keys (an op whose result has pairs of frames).
-        turns: the rows of its (only) operand are its keys (an op whose result has pairs of frames).
+        turns: the rows of its (only) operand are its keys (an op whose result has pairs of frames): of the rows and
+            columns of the result, those of the operand.
         unrolled: a program repeats it frame by frame.
         approximate: it reads no further back than the user allowed, where the model reads everything.
         late: frames that its results come later than they could, see place_delays.py.
@@ -231,7 +232,7 @@ class Op:
     masked_until: int = 0
     clip: Clip | None = None
     columns: frozenset[int] = frozenset()
-    turns: bool = False
+    turns: Callable[[Any], Any] | None = None
     unrolled: bool = False
     approximate: bool = False
     late: int = 0

@@ -23,7 +23,7 @@ if (
 ):  # a perturbation may hide behind a maximum: among thousands of nets there is one that measures too little
     CHECKS += ("latency", "receptive_field")
 budget = settings(
-    max_examples=SEARCH or 60,
+    max_examples=SEARCH or 30,
     derandomize=not SEARCH,
     phases=[Phase.generate, Phase.shrink] if SEARCH else [Phase.generate],
     deadline=None,
@@ -47,7 +47,7 @@ def test_random_networks_stream(sample: Sample) -> None:
 
 
 @pytest.mark.slow
-@settings(budget, max_examples=20)
+@settings(budget, max_examples=10)
 @given(networks())
 @torch.no_grad()
 def test_random_networks_are_streamable(sample: Sample) -> None:

@@ -35,7 +35,7 @@ def _() -> nn.Module:
 @entry("xlstm/mLSTM_stack", (1, 16, 16), time=1)
 def _() -> nn.Module:
     m = load("xlstm", "mLSTMBlockConfig")(mlstm=load("xlstm", "mLSTMLayerConfig")(num_heads=2, conv1d_kernel_size=4))
-    config = load("xlstm", "xLSTMBlockStackConfig")(mlstm_block=m, context_length=16, num_blocks=2, embedding_dim=16)
+    config = load("xlstm", "xLSTMBlockStackConfig")(mlstm_block=m, context_length=64, num_blocks=2, embedding_dim=16)
     return load("xlstm", "xLSTMBlockStack")(config)
 
 

@@ -6,6 +6,7 @@ these may read (columns). What depends on nothing but the distance of the two be
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -48,8 +49,15 @@ class Scope:
     @cached_property
     def turned(self) -> Scope:
         """The same with rows and columns exchanged."""
-        swapped = {(value, not at_keys): node for (value, at_keys), node in self.frames.items()}
-        return Scope(self.columns, self.rows, swapped, alike=self.alike, limit=self.limit)
+        return Scope(self.columns, self.rows, self._swapped(), alike=self.alike, limit=self.limit)
+
+    @cached_property
+    def before(self) -> Scope:
+        """The columns as rows, and as the only column the one before all of them."""
+        return Scope(self.columns, range(self.columns.start - 1, self.columns.start), self._swapped())
+
+    def _swapped(self) -> dict[tuple[Value, bool], Any]:
+        return {(value, not at_keys): node for (value, at_keys), node in self.frames.items()}
 
 
 def evaluate(b: Builder, value: Value, scope: Scope) -> Any:
@@ -61,7 +69,7 @@ def evaluate(b: Builder, value: Value, scope: Scope) -> Any:
     else:
         op = value.producer
         assert isinstance(op, Op)
-        inner = scope.turned if op.turns else scope
+        inner = op.turns(scope) if op.turns is not None else scope
         windows = [_operand(b, r.source, i in op.columns, inner) for i, r in enumerate(op.reads)]
         before, b.scope = b.scope, scope
         node = op.lower(b, op, windows, scope.rows, [])
@@ -294,6 +302,25 @@ def alike(evaluator: Evaluator, value: Value, limit: int | None) -> frozenset[Va
     return frozenset(v for v in still if _by_distance(evaluator, v, limit))
 
 
+def summed_since(evaluator: Evaluator, value: Value) -> bool:
+    """Whether there is the same for a row and every column before it, and nothing for other columns."""
+    streams = streams_of(value)
+    if not streams or any(at_keys for _, at_keys in streams):
+        return False
+    for at in (0, FAR):
+        rows = range(at, at + ROWS)
+        scope = Scope(rows, range(at - 1, at + ROWS))
+        for stream, _ in streams:
+            sizes = stream.layout.sizes(evaluator.batch, ROWS)
+            numbers = torch.arange(1.0, 1 + math.prod(sizes), dtype=torch.float64, device=evaluator.device)
+            scope.frames[stream, False] = (1 + numbers.sin()).reshape(tuple(sizes)).to(stream.dtype)
+        found = evaluate(evaluator, value, scope).movedim((value.layout.time, value.layout.key), (-2, -1))
+        since = torch.arange(ROWS + 1) <= torch.arange(ROWS)[:, None]  # the first column lies before all rows
+        if not torch.equal(found, torch.where(since.to(found.device), found[..., :1], 0)):
+            return False
+    return True
+
+
 # ops by which what is made of positions has no period: whatever is seen of a few frames is so for all
 _WITHOUT_PERIOD = {
     "arange", "full", "add", "sub", "rsub", "neg", "abs", "mul", "le", "lt", "ge", "gt", "eq", "ne", "bitwise_and",
@@ -352,7 +379,7 @@ def streams_of(value: Value) -> list[tuple[Value, bool]]:
         assert isinstance(op, Op)
         for i, r in enumerate(op.reads):
             if r.source.layout.paired:
-                queue.append((r.source, turned != op.turns))
+                queue.append((r.source, turned != (op.turns is not None)))
             elif not positional(r.source):
                 found.add((r.source, (i in op.columns) != turned))
     return sorted(found, key=lambda each: (each[0].name, each[1]))

@@ -15,7 +15,18 @@ import torch
 from torch import fx, nn
 from torch.utils import _pytree as pytree
 
-from ..codegen.pairs import Evaluator, Reach, Scope, alike, evaluate, find_reach, frames, parts_of, streams_of
+from ..codegen.pairs import (
+    Evaluator,
+    Reach,
+    Scope,
+    alike,
+    evaluate,
+    find_reach,
+    frames,
+    parts_of,
+    streams_of,
+    summed_since,
+)  # fmt: skip
 from ..errors import NonLocal
 from ..layout import KEY, TIME, Dim, Layout, from_sizes
 from ..registry import Call, Fact, InClip, Pair, Sample, find_rule, lower_call, overloads, pair_rule, rule
@@ -60,7 +71,7 @@ def turn(call: Call, x: Value) -> Value:
     value = make(call, layout, [x], lower=lambda b, op, windows, span, _: windows[0].node, rows=x).value
     value.dtype = x.dtype
     assert isinstance(value.producer, Op)
-    value.producer.turns = True
+    value.producer.turns = lambda scope: scope.turned
     return value
 
 
@@ -287,6 +298,31 @@ def spread(call: Call) -> Fact:
 
     columns = [0] if at == column else []
     return make(call, layout, [x], columns=columns, nodes=call.stream_nodes[:1], rows=x, lower=lower)
+
+
+@pair_rule(aten.cumsum.default)
+def cumsum(call: Call) -> Fact:
+    """What has been added up from after a key on to its query, as the decay of a state-space model ("segsum")."""
+    x = _pair(call, "self")
+    axis, layout = call.arg("dim") % len(x.layout), x.layout
+    call.require(axis == layout.time and summed_since(evaluator(call), x), "pairs of frames are summed up")
+
+    def lower(b: Any, op: Op, windows: list[Window], span: range, _: Any) -> Any:
+        each = b.aten("transpose.int", windows[0].node, layout.time, layout.key)  # of the only column, for each key
+        keep = b.aten("le.Scalar", b.distance(b.scope), 0)
+        sizes = [1] * len(layout)
+        sizes[layout.time], sizes[layout.key] = len(b.scope.rows), len(b.scope.columns)
+        keep = keep if layout.time < layout.key else b.aten("transpose.int", keep, 0, 1)
+        kept = b.aten("where.self", b.aten("reshape.default", keep, sizes), each, b.like(0, each))
+        back = b.aten("flip.default", b.aten("cumsum.default", b.aten("flip.default", kept, [layout.key]), layout.key),
+                      [layout.key])  # fmt: skip
+        later = b.aten("slice.Tensor", back, layout.key, 1, len(b.scope.columns))
+        return b.aten("constant_pad_nd.default", later, [0] * (2 * (len(layout) - 1 - layout.key)) + [0, 1], 0.0)
+
+    pair = make(call, layout, [x], lower=lower, rows=x)
+    assert isinstance(pair.value.producer, Op)
+    pair.value.producer.turns = lambda scope: scope.before
+    return pair
 
 
 @pair_rule(*overloads("softmax.int _softmax.default"))

@@ -106,7 +106,7 @@ rule(
         "logaddexp.default square.default isnan.default isinf.default isfinite.default positive.default "
         "rsub.Scalar rsub.Tensor float_power.Tensor_Scalar heaviside.default polar.default complex.default "
         "fake_quantize_per_tensor_affine.default gt.Tensor rrelu_with_noise_functional.default "
-        "__and__.Tensor __or__.Tensor __xor__.Tensor __and__.Scalar __or__.Scalar bernoulli.p "
+        "bernoulli.p "
         "divide.Tensor divide.Scalar multiply.Tensor subtract.Tensor subtract.Scalar greater.Tensor less.Tensor"
     )
 )(pointwise)

@@ -386,6 +386,17 @@ class StateSpaceDual(nn.Module):
         return torch.einsum("btn,bsn,bts,bsp->btp", c, b, decay, x)
 
 
+class StateSpaceStable(StateSpaceDual):
+    """The same as it is published: decays are added up from each key on, and never subtracted ("segsum")."""
+
+    def forward(self, x):
+        (b, c), t = self.bc(x).chunk(2, -1), x.shape[1]
+        steps = -F.softplus(self.a(x))[..., 0]
+        since = steps[:, :, None].expand(-1, -1, t).masked_fill(torch.ones(t, t).tril(-1) == 0, 0).cumsum(1)
+        decay = since.masked_fill(torch.ones(t, t).tril() == 0, -torch.inf).exp()
+        return ((c @ b.transpose(1, 2)) * decay) @ x
+
+
 SAMPLES = [
     attention("skewed", Skewed),
     banded("skewed_band", lambda: Skewed(back=3)),
@@ -399,6 +410,7 @@ SAMPLES = [
     attention("retention", Retention),
     attention("matrix_memory", MatrixMemory),
     attention("state_space_dual", StateSpaceDual),
+    attention("state_space_stable", StateSpaceStable),
     attention("flag", Heads),
     attention("tril", ByTril),
     attention("buffer", ByBuffer),

@@ -90,7 +90,22 @@ def overwritten(m, x):
     return y.index_fill(1, torch.tensor([5]), 2.0)
 
 
+class ReplicatedWhereFirst(nn.Module):
+    """The first frame put in front where flags say that a stream begins, as in Moshi's convolutions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv1d(3, 2, 3)
+
+    def forward(self, x):
+        previous = torch.zeros(x.shape[0], 3, 2)
+        first, running = torch.ones(x.shape[0], dtype=torch.bool), torch.ones(x.shape[0], dtype=torch.bool)
+        previous[:] = torch.where(first.view(-1, 1, 1) & running.view(-1, 1, 1), x[..., :1], previous)
+        return self.conv(torch.cat([previous, x], -1))
+
+
 SAMPLES = [
+    Sample("pad_replicated_where_first", ReplicatedWhereFirst, (2, 3, 9)),
     net("pad_causal", lambda m, x: m.conv(F.pad(x, (2, 0))), conv=conv3),
     net("pad_value_asymmetric", lambda m, x: m.conv(F.pad(x, (1, 3), value=-1.5)), conv=conv3),
     net("pad_crop_both", lambda m, x: m.conv(F.pad(x, (-2, -1))), conv=conv3),
