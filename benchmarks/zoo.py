@@ -172,8 +172,8 @@ def main() -> None:
     for entry in (e for e in entries if e.name not in known):
         import_package(entry)
         row = (measure(entry) if arguments.here else run(entry, arguments.limit)) | {"built": build()}
-        if arguments.packages:  # (lines of the models' sources are told from there)
-            row["why"] = row.get("why", "").replace(f"{arguments.packages.rstrip('/')}/", "")
+        for folder in (arguments.packages, Path(torch.__file__).parent.parent):  # (sources are told from there)
+            row["why"] = row.get("why", "").replace(f"{str(folder).rstrip('/')}/", "")
         rows.append(row)
         print(line(row), flush=True)
         if arguments.here and "trace" in row:

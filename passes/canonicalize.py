@@ -65,6 +65,9 @@ def canonicalize(capture: Capture) -> fx.Graph:
             args = (*tensors, False, momentum, eps, True)
         if target is aten.convolution.default:
             target, args, kwargs = _as_layer(args, kwargs)
+        if target in _PADDED_BY_WORD:
+            target, args = _with_numbers(graph, node, args, kwargs, capture)
+            kwargs = {}
         if target in _JOINS and (padded := _as_pad(node)) is not None:
             source, pads, number = padded
             target, args, kwargs = aten.pad.default, (env[source], pads, "constant", number), {}
@@ -118,6 +121,13 @@ _OTHER_NAMES = {
     aten.__xor__.Scalar: aten.bitwise_xor.Scalar,
 }
 
+# convolutions whose padding may be a word
+_PADDED_BY_WORD: dict[Any, Any] = {
+    aten.conv1d.padding: aten.conv1d.default,
+    aten.conv2d.padding: aten.conv2d.default,
+    aten.conv3d.padding: aten.conv3d.default,
+}
+
 # of another tensor nothing but its shape is read
 _SHAPED_LIKE = {
     aten.view_as.default: aten.reshape.default,
@@ -151,7 +161,7 @@ def _masks(node: fx.Node) -> bool:
     return bool(alone and mask.meta["val"].dtype == torch.bool and mask.meta["val"].dim() == x.dim() >= written.dim())
 
 
-note(*_CONVERSIONS, *_OTHER_NAMES, *_SHAPED_LIKE, *_FILLS, *_JOINS, stays=True)
+note(*_PADDED_BY_WORD, *_CONVERSIONS, *_OTHER_NAMES, *_SHAPED_LIKE, *_FILLS, *_JOINS, stays=True)
 
 
 def _alike(node: Any, value: torch.Tensor) -> bool:
@@ -179,6 +189,25 @@ def _as_layer(args: Any, kwargs: Any) -> tuple[Any, Any, Any]:
         return target, (*geometry, given["output_padding"], given["groups"], given["dilation"]), {}
     target = (aten.conv1d.default, aten.conv2d.default, aten.conv3d.default)[rank - 1]
     return target, (*geometry, given["dilation"], given["groups"]), {}
+
+
+def _with_numbers(graph: fx.Graph, node: fx.Node, args: Any, kwargs: Any, capture: Capture) -> tuple[Any, Any]:
+    """A convolution whose padding is ``"same"`` or ``"valid"``; where that is uneven the input is padded before it."""
+    given = bind(node.target, args, kwargs)
+    kernel = given["weight"].meta["val"].shape[2:]
+    n = len(kernel)
+    total = [d * (k - 1) for d, k in zip(listed(given["dilation"], n, 1), kernel, strict=True)]
+    total = total if given["padding"] == "same" else [0] * n
+    uneven = [t if t % 2 else 0 for t in total]
+    if any(uneven):
+        x: Any = bind(node.target, node.args, node.kwargs)["input"]
+        more = [0] * (x.meta["val"].dim() - n) + uneven
+        value = x.meta["val"].new_empty([s + m for s, m in zip(x.meta["val"].shape, more, strict=True)])
+        pads = [p for t in reversed(uneven) for p in (t // 2, t - t // 2)]
+        given["input"] = _make(graph, node, aten.pad.default, (given["input"], pads), {}, capture, value)
+    given["padding"] = [0 if u else t // 2 for u, t in zip(uneven, total, strict=True)]
+    names = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
+    return _PADDED_BY_WORD[node.target], tuple(given[name] for name in names)
 
 
 def _in_memory_order(graph: fx.Graph, node: fx.Node, source: Any, capture: Capture) -> fx.Node:
@@ -264,12 +293,17 @@ class Number:
         self.value = value
 
 
-def _make(graph: fx.Graph, node: fx.Node, target: Any, args: Any, kwargs: Any, capture: Capture) -> fx.Node:
+def _make(
+    graph: fx.Graph, node: fx.Node, target: Any, args: Any, kwargs: Any, capture: Capture, value: Any = None
+) -> fx.Node:
+    """A node in the place of a traced one; `value`: what it is, if that is not what the traced one is."""
     base = capture.points[0]
     concrete_args, concrete_kwargs = (_at(a, capture, base) for a in (args, kwargs))
     new = graph.create_node("call_function", target, concrete_args, concrete_kwargs, name=node.name)
     new.meta = {k: node.meta[k] for k in ("val", "stack_trace", "nn_module_stack") if k in node.meta}
     new.meta["traced"] = node
+    if value is not None:
+        new.meta["val"] = value
     _sample(new, args, capture, kwargs)
     return new
 

@@ -41,7 +41,7 @@ def only_weights(call: Call, *names: str) -> None:
     )
 
 
-@rule(*overloads("conv1d.default conv2d.default conv3d.default conv1d.padding conv2d.padding conv3d.padding"))
+@rule(*overloads("conv1d.default conv2d.default conv3d.default"))
 def convolution(call: Call) -> Fact:
     """``out[j] = sum_i w[i] x[j*s - p + i*d]`` (PyTorch, torch.nn.ConvNd)."""
     only_weights(call, "weight", "bias")
@@ -50,6 +50,9 @@ def convolution(call: Call) -> Fact:
     n = len(weight) - 2
     axis = x.layout.time - (len(x.layout) - n)
     layout = spatial_layout(call, x.layout, n, channels=weight[0])
+    at = len(x.layout) - n - 1
+    if weight[1] == 1 and all(s["groups"] == sizes[at] for s, sizes in zip(call.samples, call.sizes, strict=True)):
+        layout = layout.replace(at, x.layout[at])  # depthwise: the batch may lie in the channels
     if axis < 0:
         call.require(axis == -2 and len(x.layout) == n + 2, "time lies in the channels")
         return call.framewise(layout)
@@ -57,43 +60,21 @@ def convolution(call: Call) -> Fact:
     layout = layout.replace(x.layout.time, (TIME,))
     stride, dilation = listed(call.arg("stride"), n, 1), listed(call.arg("dilation"), n, 1)
     k, s, d = weight[2 + axis], stride[axis], dilation[axis]
-    left, right, padding = _padding(call, weight[2:], dilation, axis, n)
-    span = d * (k - 1)
+    padding, span = listed(call.arg("padding", 0), n), d * (k - 1)
+    pad = padding[axis]
 
     def lower(b: Any, op: Any, windows: Any, at: range, _: Any) -> Any:
-        return b.call(op, windows, target=_WITH_NUMBERS.get(op.node.target), padding=padding)
+        return b.call(op, windows, padding=[0 if i == axis else p for i, p in enumerate(padding)])
 
     return call.emit(
         layout,
-        [read(x, Taps(s, 1, -left, span - left), fill=0.0 if left or right else None)],
+        [read(x, Taps(s, 1, -pad, span - pad), fill=0.0 if pad else None)],
         rate=x.rate / s,
-        length=lambda frames: (frames + left + right - span - 1) // s + 1,
+        length=lambda frames: (frames + 2 * pad - span - 1) // s + 1,
         length_of=[x],
         lower=lower,
         nodes=[call.samples[0]["input"]],
     )
-
-
-_WITH_NUMBERS = {
-    aten.conv1d.padding: aten.conv1d.default,
-    aten.conv2d.padding: aten.conv2d.default,
-    aten.conv3d.padding: aten.conv3d.default,
-}
-
-
-def _padding(call: Call, kernel: Any, dilation: list[int], axis: int, n: int) -> tuple[int, int, list[int]]:
-    """Padding in time (left, right), and the padding argument with none in time."""
-    given = call.arg("padding", 0)
-    if given == "valid":
-        return 0, 0, [0] * n
-    if given == "same":
-        total = [dilation[i] * (kernel[i] - 1) for i in range(n)]
-        left, right = total[axis] // 2, total[axis] - total[axis] // 2
-        call.require(all(t % 2 == 0 for i, t in enumerate(total) if i != axis), "'same' padding of an even kernel")
-        return left, right, [0 if i == axis else total[i] // 2 for i in range(n)]
-    padding = listed(given, n)
-    p = padding[axis]
-    return p, p, [0 if i == axis else padding[i] for i in range(n)]
 
 
 @rule(*overloads("conv_transpose1d.default conv_transpose2d.input conv_transpose3d.input"))

@@ -1,5 +1,6 @@
 """Convolutions and transposed convolutions: every stride, dilation, grouping and padding."""
 
+import torch
 import torch.nn.functional as F
 from torch import nn
 
@@ -64,7 +65,19 @@ class Functional(nn.Module):
         return F.conv1d(y, self.kernel[:2].mean(1, keepdim=True).expand(2, 5, 4), stride=self.hop, padding=3)
 
 
+class Deltas(nn.Module):
+    """Differences of frames by a filter that is repeated for every row of the batch (torchaudio's deltas)."""
+
+    def forward(self, x):
+        flat = F.pad(x.reshape(1, -1, x.shape[-1]), (2, 2), mode="replicate")
+        filters = torch.arange(-2, 3, 1.0).repeat(flat.shape[1], 1, 1)
+        return (F.conv1d(flat, filters, groups=flat.shape[1]) / 10).reshape(x.shape)
+
+
 SAMPLES = [
+    Sample("conv_repeated_over_the_batch", Deltas, (2, 3, 9)),
+    conv2d("same_uneven", (4, 2), padding="same"),
+    conv2d("same_uneven_in_space", (3, 4), padding="same", dilation=(1, 3)),
     conv1d("valid", 4),
     conv1d("partial_padding", 5, padding=1),
     conv1d("full_padding", 3, padding=2),
