@@ -60,14 +60,16 @@ def trace(
         InputError: it needs whole clips, and nobody has said how long they are; or it does not take the example.
     """
     lengths = [ticks] if options.clip_length else [ticks, *(ticks * k for k in (2, 4, 8, 16))] if given else TRIALS
-    failure = None
+    failure = traced = None
     for length in lengths:
         try:
             traced = trace_at(model, example, clock, length, clock.batch(example), options)
             break
         except CaptureError as error:
             failure = failure or error
-    else:
+            if error.always:
+                break
+    if traced is None:
         assert failure is not None
         if given:
             check_runs(model, example)

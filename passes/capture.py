@@ -28,6 +28,7 @@ from torch import fx, nn
 from torch._dynamo.convert_frame import compile_lock
 from torch.export import Dim, ExportedProgram, export
 from torch.export.graph_signature import InputKind
+from torch.fx.experimental.symbolic_shapes import DimConstraints
 from torch.nn.utils.rnn import PackedSequence
 from torch.utils import _pytree as pytree
 from torch.utils._sympy.printers import PythonPrinter
@@ -158,6 +159,7 @@ def capture(
         CaptureError: no way of tracing succeeded.
     """
     causes: dict[str, str] = {}  # by the line that raised
+    fixed_axes: set[str] = set()
     with TRACING, quiet():
         ways = [(_export_open, max(2, batch)), (_export_open_time, batch), (_export_open_batch, max(2, batch)),
                 (_export_fixed, batch), (_export_recorded, max(2, batch))]  # fmt: skip
@@ -168,6 +170,8 @@ def capture(
         if like is not None and closed:
             ways, batch = [(_export_fixed, like.points[0].batch)], like.points[0].batch
         for way, lanes in dict.fromkeys(ways):
+            if fixed_axes & _OPENED.get(way, set()):
+                continue  # it would end as another did
             point = Point(lanes, ticks)
             try:
                 with as_for_inference(model), time_limit(TIME_LIMIT):  # each way: forward may leave something behind
@@ -183,8 +187,19 @@ def capture(
                 told = _told(error, where)
                 if isinstance(error, SizeReturned):  # the other ways would take it for a constant
                     raise CaptureError(told) from error
+                if isinstance(error, SizeFixed):
+                    fixed_axes |= error.axes
                 causes.setdefault(where or told, told)
-    raise CaptureError("\n".join(causes.values()))
+    failure = CaptureError("\n".join(causes.values()))
+    failure.always = any(told.startswith(ALWAYS) for told in causes.values())
+    raise failure
+
+
+NOT_TRACED = "the model could not be traced: "
+BY_THE_DATA = NOT_TRACED + "what it computes depends on the data, by a branch or a size"
+CHANGES = NOT_TRACED + "it changes its parameters or buffers in forward, even in eval mode"
+PACKS = NOT_TRACED + "it packs sequences, whose sizes are data"
+ALWAYS = (BY_THE_DATA, CHANGES, PACKS)  # whatever the length of the clip
 
 
 def _cause(error: Exception) -> str:
@@ -197,18 +212,18 @@ def _told(error: Exception, where: str | None) -> str:
     kind = type(error).__name__
     hint = "keep this out of the model that is compiled, or rewrite it so that torch.export takes the model"
     if "DataDependent" in kind or "value out of a tracing tensor" in str(error):
-        reason = "the model could not be traced: what it computes depends on the data, by a branch or a size"
+        reason = BY_THE_DATA
         hint = "compute both sides and choose with torch.where, or keep this out of the model that is compiled"
     elif "fake tensor in the exported program" in str(error):
-        reason = "the model could not be traced: it changes its parameters or buffers in forward, even in eval mode"
-        where, hint = None, "change them once before compiling, or write forward so that it computes changed copies"
+        reason, where = CHANGES, None
+        hint = "change them once before compiling, or write forward so that it computes changed copies"
     elif _packs(error):
-        reason = "the model could not be traced: it packs sequences, whose sizes are data"
+        reason = PACKS
         hint = "give recurrent layers the clip itself: in a stream nothing is padded, and lanes have a `length`"
     elif isinstance(error, CaptureError):
-        reason = f"the model could not be traced: {_cause(error)}"
+        reason = NOT_TRACED + _cause(error)
     else:
-        reason = f"the model could not be traced: {kind}: {_cause(error)}"
+        reason = f"{NOT_TRACED}{kind}: {_cause(error)}"
     return "\n".join([reason, *([f"    at      {where}"] if where else []), f"    try     {hint}"])
 
 
@@ -225,7 +240,7 @@ def _packs(error: Exception) -> bool:
 def _export(
     model: nn.Module, inputs: tuple[torch.Tensor, ...], dims: list[dict[int, Any]], known: KnownValues
 ) -> ExportedProgram:
-    with symbolic_recurrence(), caught_errors(), both_branches(known), known:
+    with symbolic_recurrence(), caught_errors(), both_branches(known), unsolved_sizes(), known:
         program = export(
             model,
             inputs,
@@ -245,6 +260,25 @@ def _export(
         if decompose or vmapped or (needs_functionalization(program.graph) and not functionalize(program.graph)):
             program = program.run_decompositions(decompose)
     return program
+
+
+@contextlib.contextmanager
+def unsolved_sizes() -> Iterator[None]:
+    """While this is open, torch.export goes on where it cannot solve what the trace demands of a size.
+
+    It solves that to name a constant; whether there is one is found anyway, see `_check_equalities`.
+    """
+    original = DimConstraints.solve
+
+    def solve(self: DimConstraints) -> None:
+        with contextlib.suppress(NotImplementedError):
+            original(self)
+
+    DimConstraints.solve = solve  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        DimConstraints.solve = original  # type: ignore[method-assign]
 
 
 def _composite(op: Any) -> bool:
@@ -309,6 +343,14 @@ def _export_recorded(
         for b, t in zip(clock.batch_dims, clock.time_dims, strict=True)
     ]
     return _export(recorded, inputs, dims, known)
+
+
+# the axes whose sizes a way leaves open
+_OPENED = {
+    _export_open: {"time", "batch"},
+    _export_open_time: {"time"},
+    _export_open_batch: {"batch"},
+}
 
 
 def named_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
@@ -378,6 +420,14 @@ def _from_export(
         else lambda ticks: ticks in {p.ticks for p in points},
         read={name: state[name].detach().clone() for name in sorted(known.read)},
     )
+
+
+class SizeFixed(CaptureError):
+    """A trace took sizes for constants that were to be left open: those of `axes`, of "time" and "batch"."""
+
+    def __init__(self, message: str, axes: set[str]) -> None:
+        super().__init__(message)
+        self.axes = axes
 
 
 class SizeReturned(CaptureError):
@@ -517,7 +567,13 @@ def _check_equalities(
         if isinstance(expr, sympy.Eq) and set(expr.free_symbols) <= set(symbols):
             for point in points:
                 if expr.xreplace({s: sympy.Integer(f(point)) for s, f in symbols.items()}) == sympy.false:
-                    raise CaptureError(f"the trace took a size for a constant: {expr}")
+                    axes = {_axis(symbols[s]) for s in expr.free_symbols}
+                    raise SizeFixed(f"the trace took a size for a constant: {expr}", axes)
+
+
+def _axis(size: Callable[[Point], int]) -> str:
+    """The axis whose size it is."""
+    return "time" if size(Point(2, 16)) == size(Point(3, 16)) else "batch"
 
 
 def _varies(size: int | torch.SymInt) -> bool:

@@ -31,7 +31,13 @@ class CompileError(CofxError):
 
 
 class CaptureError(CompileError):
-    """No way of tracing the model succeeded; the message holds what each of them said."""
+    """No way of tracing the model succeeded; the message holds what each of them said.
+
+    Attributes:
+        always: it has nothing to do with the length of the clip.
+    """
+
+    always = False
 
 
 class NonLocal(Exception):
