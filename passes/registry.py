@@ -26,7 +26,7 @@ from torch import fx, nn
 from .errors import NonLocal
 from .layout import TIME, Dim, Layout, Sizes, dim, from_sizes
 from .schedule import Taps
-from .stream_graph import Carry, Fill, Length, Lower, Op, Read, StreamGraph, Value, View, read
+from .stream_graph import Carry, Fill, Length, Lower, Op, Read, Rounded, StreamGraph, Value, View, read
 
 Fact = Any  # Value, Static, InClip, or a tuple of these
 Rule = Callable[["Call"], Fact]
@@ -559,14 +559,10 @@ def _rounded(lengths: Sizes, wanted: Sizes) -> Length | None:
         left = wanted[0] % multiple
         if all(w % multiple == left for w in wanted):
             more = max(differences) - left
-            rounded = functools.partial(_round, more, multiple, left)
+            rounded = Rounded(more, multiple, left)
             if all(rounded(n) == w for w, n in zip(wanted, lengths, strict=True)):
                 return rounded
     return None
-
-
-def _round(more: int, multiple: int, left: int, frames: Any) -> Any:
-    return (frames + more) // multiple * multiple + left
 
 
 def _by_dimension(shapes: Sequence[Sequence[int]]) -> list[Sizes]:

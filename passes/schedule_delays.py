@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
 
-from .stream_graph import Op, Read, StreamGraph, Value, View
+from .stream_graph import Op, Read, Rounded, StreamGraph, Value, View
 
 
 @dataclass(frozen=True)
@@ -148,7 +148,13 @@ def phases(graph: StreamGraph, outputs: Sequence[Value | None]) -> int:
     """The period: after so many ticks the same is done again."""
     live = _live(graph, outputs)
     values = [v for op in graph.ops if op in live for v in op.outputs] + graph.inputs
-    return math.lcm(*(v.rate.denominator for v in values))
+    steps = [
+        (v.length.multiple / s.rate).numerator
+        for v in graph.values
+        if isinstance(v.length, Rounded)
+        for s in v.length_sources
+    ]
+    return math.lcm(*(v.rate.denominator for v in values), *steps)
 
 
 def _live(graph: StreamGraph, outputs: Sequence[Value | None]) -> set[Op]:

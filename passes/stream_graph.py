@@ -23,6 +23,19 @@ Length = Callable[..., Int]
 
 
 @dataclass(frozen=True)
+class Rounded:
+    """A length that is another one, and so many frames `more`, down to a multiple of something (and `left` frames)."""
+
+    more: int
+    multiple: int
+    left: int
+
+    def __call__(self, frames: Any) -> Any:
+        """The length."""
+        return (frames + self.more) // self.multiple * self.multiple + self.left
+
+
+@dataclass(frozen=True)
 class Constant:
     """Outside of the value stands this number."""
 

@@ -450,3 +450,34 @@ def test_a_net_with_too_many_phases_is_recomputed_over_clips() -> None:
     step = cofx.compile(Of(lambda m, x: m.conv(m.pools(x)).mean(2), pools=pools, conv=nn.Conv1d(3, 2, 3, padding=1)),
                         torch.randn(1, 3, 125 * 27 * 11 * 2))  # fmt: skip
     assert (step.equivalence, step.compiled.plan.schedule.period) == ("clip", 1)
+
+
+@pytest.mark.parametrize("frames", [2, 3, 5, 8, 11])
+def test_a_clip_that_is_padded_to_more_than_twice_its_length_is_flushed(frames: int) -> None:
+    """Lengths that are rounded up repeat after as many frames as they are rounded to (Qwen3-Next's chunks)."""
+
+    def forward(m: nn.Module, x: torch.Tensor) -> torch.Tensor:
+        b, t, c = x.shape
+        y = F.pad(x, (0, 0, 2, 0))
+        y = y[:, 2:] + 0.5 * y[:, 1:-1] + 0.2 * y[:, :-2]
+        chunks = F.pad(y, (0, 0, 0, (8 - t % 8) % 8)).reshape(b, -1, 8, c)
+        scores = (chunks @ chunks.transpose(-1, -2)).masked_fill(torch.ones(8, 8).triu(1) == 1, 0)
+        return (scores @ chunks).reshape(b, -1, c)[:, :t]
+
+    x = torch.randn(2, frames, 4)
+    assert cofx.compile(Of(forward), x, time_dim=1, equivalence=None).verify(x).exact
+
+
+def test_what_is_assigned_to_part_of_a_tensor_of_the_clips_length_is_framewise() -> None:
+    """A trace of one length has zeros of that length, beside which a frame is assigned."""
+
+    def forward(m: nn.Module, x: torch.Tensor) -> torch.Tensor:
+        chunks = x.reshape(x.shape[0], -1, 8, x.shape[-1])
+        state, out = torch.zeros(x.shape[0], 4, 4), torch.zeros_like(chunks)
+        for i in range(chunks.shape[1]):
+            out[:, i] = chunks[:, i] @ state + chunks[:, i]
+            state = state + chunks[:, i].transpose(-1, -2) @ chunks[:, i]
+        return out.reshape(x.shape)
+
+    x = torch.randn(2, 8, 4)
+    assert cofx.compile(Of(forward), x, time_dim=1).verify(x).exact

@@ -14,8 +14,8 @@ import torch
 from torch import fx, nn
 
 from ..errors import NonLocal
-from ..layout import TIME, Sizes, dim
-from ..registry import Call, Fact, Head, Rolled, Sample, Tail, overloads, rule
+from ..layout import TIME, Layout, Sizes, dim
+from ..registry import Call, Fact, Head, Rolled, Sample, Tail, lower_call, overloads, rule
 from ..schedule import Taps
 from ..stream_graph import Constant, Value, read
 from .frames_at import frames_at
@@ -281,15 +281,32 @@ def select_scatter(call: Call) -> Fact:
         axis %= len(src.layout) + 1
         layout = src.layout.insert(axis, call.static_layout(call.samples[0]["self"])[axis])
         call.require(len(call.static_layout(call.samples[0]["self"])) == len(layout), "frames are overwritten")
-        return call.framewise(layout)
+        return _beside(call, layout, {"self": layout.time, "src": src.layout.time})
     axis %= len(x.layout)
     if axis != x.layout.time:
         call.arg("index")
-        return call.framewise(x.layout)
+        return _beside(call, x.layout, {"self": x.layout.time, "src": x.layout.time - (axis < x.layout.time)})
     call.require(src is None and x.layout.clean, "a frame is overwritten by something that depends on time")
     index = call.arg("index")
     call.require(index >= 0, "a frame counted from the end is overwritten")
     return _overwritten(call, x, range(index, index + 1), squeezed=True)
+
+
+def _beside(call: Call, layout: Layout, axes: dict[str, int]) -> Fact:
+    """The op on each frame, where arguments without time may lie along it: in these dimensions."""
+    nodes = {call.samples[0][name]: axis for name, axis in axes.items()}
+    clock = next(fact for n in nodes if isinstance(fact := call.fact(n), Value))
+    given = {}
+    for node, axis in nodes.items():
+        fact = call.fact(node)
+        if isinstance(fact, Value):
+            call.require(fact.layout.time == axis, "time lies in different dimensions of its arguments")
+            call.require((fact.rate, fact.lengths) == (clock.rate, clock.lengths), "its arguments differ in time")
+            given[node] = fact
+        elif node.meta["val"].shape[axis] != 1:
+            given[node] = call.as_table(node, axis, clock)
+    reads = [read(v) for v in given.values()]
+    return call.emit(layout, reads, length_of=[clock], lower=lower_call, nodes=list(given))
 
 
 def _overwritten(call: Call, x: Value, frames: range, squeezed: bool) -> Fact:
@@ -333,7 +350,7 @@ def slice_scatter(call: Call) -> Fact:
     assert any_ is not None
     axis = call.arg("dim", 0) % len(any_.layout)
     if axis != any_.layout.time:
-        return call.framewise(any_.layout)
+        return _beside(call, any_.layout, {"self": any_.layout.time, "src": any_.layout.time})
     call.require(x is not None and x.layout.clean, "frames of something without time are overwritten")
     assert x is not None
     if src is None:
