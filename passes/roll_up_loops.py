@@ -16,7 +16,8 @@ import torch
 from torch import fx
 from torch.fx.node import map_arg
 
-from .graph_edits import take_place
+from .canonicalize import unbind
+from .graph_edits import call_at, take_place
 from .loops import Collected, Loop
 from .propagate_facts import Facts
 from .registry import Static
@@ -71,8 +72,13 @@ def gather_assignments(graph: fx.Graph) -> None:
     What is read of ``out`` meanwhile is what was assigned there.
     """
     for node in list(graph.nodes):
-        if node.target is aten.select.int and (source := _assigned(node)) is not None:
+        if node.target is aten.select.int and (source := _assigned(graph, node)) is not None:
             take_place(node, source)
+            graph.erase_node(node)
+    for node in list(graph.nodes):
+        if node.target is aten.slice.Tensor and (parts := _assigned_frames(graph, node)) is not None:
+            calls: list[Any] = [((parts, node.meta["samples"][0]["dim"]), {})] * len(node.meta["sizes"])
+            take_place(node, call_at(graph, node, aten.stack.default, calls, node.meta["sizes"], node.meta["val"]))
             graph.erase_node(node)
     for node in list(graph.nodes):
         if node.target is not aten.select_scatter.default or any(u.target is node.target for u in node.users):
@@ -108,8 +114,8 @@ def gather_assignments(graph: fx.Graph) -> None:
     graph.eliminate_dead_code()
 
 
-def _assigned(node: fx.Node) -> fx.Node | None:
-    """What ``y[:, t]`` is, where frames of y were assigned one by one."""
+def _assigned(graph: fx.Graph, node: fx.Node) -> fx.Node | None:
+    """What ``y[:, t]`` is, where frames of y were assigned one by one; one that was not is that of y as it began."""
     args = node.meta["samples"][0]
     link: Any = args["self"]
     index = args["index"]
@@ -127,7 +133,52 @@ def _assigned(node: fx.Node) -> fx.Node | None:
             alike = isinstance(source, fx.Node) and source.meta["val"].dtype == node.meta["val"].dtype
             return source if alike else None
         link = at["self"]
-    return None
+    calls: list[Any] = [((link, dim, index), {})] * len(node.meta["sizes"])
+    return call_at(graph, node, aten.select.int, calls, node.meta["sizes"], node.meta["val"])
+
+
+def _assigned_frames(graph: fx.Graph, node: fx.Node) -> list[fx.Node] | None:
+    """The frames of ``y[:, t : t + n]``, of a y that was one number and some of whose frames were assigned."""
+    args, sizes = node.meta["samples"][0], node.meta["sizes"]
+    link: Any = args["self"]
+    dim = args["dim"] % len(sizes[0])
+    whole = {s[dim] for s in link.meta["sizes"]}
+    bounds = {(s["start"], s["end"], s["step"]) for s in node.meta["samples"]}
+    if link.target is not aten.select_scatter.default or len(whole) > 1 or len(bounds) > 1:
+        return None
+    size = whole.pop()
+    wanted = range(*slice(*bounds.pop()).indices(size))
+    found: dict[int, fx.Node] = {}
+    while link.target is aten.select_scatter.default:
+        at = link.meta["samples"][0]
+        if at["dim"] % len(sizes[0]) != dim or not isinstance(at["src"], fx.Node):
+            return None
+        index = at["index"] % size
+        if index in wanted:
+            found.setdefault(index, at["src"])
+        link = at["self"]
+    if link.target is not aten.full.default or any(
+        n.meta["val"].dtype != node.meta["val"].dtype for n in found.values()
+    ):
+        return None
+    if len(found) < len(wanted):
+        blank = _blank_frame(graph, link, dim)
+        return [found.get(i, blank) for i in wanted]
+    return [found[i] for i in wanted]
+
+
+def _blank_frame(graph: fx.Graph, full: fx.Node, dim: int) -> fx.Node:
+    """A frame of a tensor that is one number everywhere; the same node whenever it is asked for."""
+    known = full.meta.setdefault("frames", {})
+    if dim not in known:
+        shapes = [(*s[:dim], *s[dim + 1 :]) for s in full.meta["sizes"]]
+        given = [
+            unbind(aten.full.default, a | {"size": list(s)}) for a, s in zip(full.meta["samples"], shapes, strict=True)
+        ]
+        value = full.meta["val"].select(dim, 0)
+        known[dim] = call_at(graph, full.next, aten.full.default, given, shapes, value)
+    blank: fx.Node = known[dim]
+    return blank
 
 
 def _frames(graph: fx.Graph, facts: Facts) -> dict[Any, dict[fx.Node, _Frame]]:

@@ -481,3 +481,23 @@ def test_what_is_assigned_to_part_of_a_tensor_of_the_clips_length_is_framewise()
 
     x = torch.randn(2, 8, 4)
     assert cofx.compile(Of(forward), x, time_dim=1).verify(x).exact
+
+
+def test_the_last_frame_repeated_until_there_are_as_many_as_before() -> None:
+    """How many that are follows from the length modulo the pool's; a state was as large as that expression (PANNs)."""
+
+    def forward(m: nn.Module, x: torch.Tensor) -> torch.Tensor:
+        y = F.avg_pool1d(x, 4).repeat_interleave(4, -1)
+        return torch.cat([y, y[..., -1:].repeat(1, 1, x.shape[-1] - y.shape[-1])], -1)
+
+    step = cofx.compile(Of(forward), torch.randn(2, 3, 18))
+    assert step.equivalence == "stream"
+    assert all(step.verify(torch.randn(2, 3, n)).exact for n in (18, 34))
+
+
+def test_running_sums_of_exponentials_of_complex_numbers() -> None:
+    """Heinsen's scan by logarithms."""
+    forward = lambda m, x: torch.view_as_complex(x).logcumsumexp(1).exp().real  # noqa: E731
+    x = torch.randn(2, 9, 3, 2)
+    assert cofx.compile(Of(forward), x, time_dim=1).equivalence == "stream"
+    assert cofx.compile(Of(forward), x, time_dim=1).verify(x).exact

@@ -37,7 +37,7 @@ def cumulative(call: Call) -> Fact:
     x = call.stream("self", clean=True)
     neutral, join = _JOIN[target]  # type: ignore[index]
     dtype = call.dtype(0 if pair else None)
-    if not dtype.is_floating_point and math.isinf(neutral):
+    if not (dtype.is_floating_point or dtype.is_complex) and math.isinf(neutral):
         neutral = torch.iinfo(dtype).max if neutral > 0 else torch.iinfo(dtype).min
 
     def lower(b: Any, op: Any, windows: Any, span: range, carries: list[fx.Node]) -> tuple[Any, list[fx.Node]]:

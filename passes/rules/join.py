@@ -89,7 +89,7 @@ def beside(call: Call, nodes: list[fx.Node]) -> Value:
     x = call.ungroup(call.facts[streams[0]])
     at = nodes.index(streams[0])
     time = x.layout.time
-    sizes = [n.meta["val"].shape[time] for n in nodes]
+    sizes = [_constant_size(call, n, time) if n is not streams[0] else 0 for n in nodes]
     left, right = sum(sizes[:at]), sum(sizes[at + 1 :])
     length = functools.partial(operator.add, left + right)
     others = [call.facts[n] for n in nodes if n is not streams[0]]
@@ -118,6 +118,13 @@ def beside(call: Call, nodes: list[fx.Node]) -> Value:
     return call.emit(x.layout, [over], length_of=[moved], lower=lower, indexed=True, padded=True, nodes=[streams[0]])
 
 
+def _constant_size(call: Call, node: fx.Node, axis: int) -> int:
+    """How many frames are put beside a stream."""
+    sizes = set(call.sizes_of(node)[axis])
+    call.require(len(sizes) == 1, "how many frames are put beside it depends on the clip's length")
+    return int(sizes.pop())
+
+
 def _with_frames(call: Call, nodes: list[fx.Node], x: Value, at: int, left: int, right: int) -> Value:
     """A stream with the first frames of streams before it and the last ones of streams behind it."""
     time = x.layout.time
@@ -125,10 +132,11 @@ def _with_frames(call: Call, nodes: list[fx.Node], x: Value, at: int, left: int,
     over = read(call.view(x, -left, length, Constant(0.0)))
     reads, places, place = [over], [], 0  # of each part: where it begins, from the front or behind the stream
     for i, n in enumerate(nodes):
-        size, fact = n.meta["val"].shape[time], call.facts[n]
+        fact = call.facts[n]
         if i == at:
             place = 0
             continue
+        size = _constant_size(call, n, time)
         call.require(isinstance(fact, Head if i < at else Tail), "frames of the clip are put elsewhere")
         source = call.ungroup(fact.of)
         plain = fact.times == 1 and not getattr(fact, "squeeze", False)

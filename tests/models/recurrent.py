@@ -381,7 +381,20 @@ class WrittenBeside(nn.Module):
         return found.view(y.shape) + y
 
 
+class FilterInPlace(nn.Module):
+    """torchaudio's ``lfilter``: windows of what was put out so far, read and written in place."""
+
+    def forward(self, x):
+        driven = F.conv1d(F.pad(x, (2, 0)), torch.tensor([[[0.3, 0.2, 0.5]]]))
+        back, out = torch.tensor([[0.2], [-0.5], [1.0]]), torch.zeros(x.shape[0], 1, x.shape[-1] + 2)
+        for t, new in enumerate(driven.permute(2, 0, 1)):
+            new -= (out[:, :, t : t + 3] @ back)[..., 0]
+            out[:, :, t + 2] = new
+        return out[:, :, 2:]
+
+
 SAMPLES = [
+    recurrent("filter_in_place", FilterInPlace, (2, 1, 9), time_dim=2),
     recurrent("written_beside", WrittenBeside),
     recurrent("of_each_joint", OfEachJoint, (2, 3, 8, 5), time_dim=2),
     recurrent(
