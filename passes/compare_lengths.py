@@ -1,4 +1,4 @@
-"""Pass 2b, for a model whose trace fixes or bounds the clip's length: trace it at another length and compare.
+"""Pass 2d, for a model whose trace fixes or bounds the clip's length: trace it at another length and compare.
 
 Where the two graphs have the same form, what differs between them is what depends on the length.
 """

@@ -1,4 +1,4 @@
-"""Pass 2d: what is made of positions alone is written as simply as it can be.
+"""Pass 2b: what is made of positions alone is written as simply as it can be.
 
 Masks are often built in roundabout ways: positions are compared with their neighbours to find where packed sequences
 begin, summed up, and looked up at other positions. Here each integer tensor that no input decides is followed as a

@@ -1,4 +1,4 @@
-"""Pass 2c: a Python loop over frames, unrolled by tracing, becomes one op again.
+"""Pass 2e: a Python loop over frames, unrolled by tracing, becomes one op again.
 
 ``for t in range(T): h = cell(x[:, t], h); out.append(h)`` is traced as T copies of the cell. Nodes that depend on frame
 t and on none after it are iteration t; if all iterations have the same form, each one depending on the one before, they

@@ -1,4 +1,4 @@
-"""Pass 2e: a filter that is applied as a product of spectra over time is the convolution that it stands for.
+"""Pass 2c: a filter that is applied as a product of spectra over time is the convolution that it stands for.
 
 ``irfft(rfft(x, n) * rfft(h, n), n)`` with ``n >= len(x) + len(h) - 1`` is ``x`` convolved with ``h``, followed by zeros
 (the convolution theorem; torchaudio.functional.fftconvolve). Written so it streams; a spectrum needs the whole clip.
