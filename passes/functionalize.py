@@ -254,14 +254,13 @@ def _part(node: fx.Node) -> tuple[Any, ...] | None:
         return None
     several, index = node.args
     assert isinstance(several, fx.Node) and isinstance(index, int)
-    shapes = [v.shape for v in several.meta["val"]]
-    index %= len(shapes)
+    index %= len(several.meta["val"])
     dim: Any = several.args[-1] if len(several.args) > (1 if several.target is aten.unbind.int else 2) else 0
     dim = several.kwargs.get("dim", dim)
     if several.target is aten.unbind.int:
         return aten.select.int, dim, index
-    start = sum(s[dim] for s in shapes[:index])
-    return aten.slice.Tensor, dim, start, start + shapes[index][dim], 1
+    sizes = [v.shape[dim] for v in several.meta["val"][: index + 1]]
+    return aten.slice.Tensor, dim, sum(sizes[:-1]), sum(sizes), 1
 
 
 _SCATTERS = {
