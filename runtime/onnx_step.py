@@ -215,7 +215,7 @@ class OnnxStep:
         for x, info, rate in zip(chunks, infos, self._arrays.rates, strict=True):
             if not isinstance(x, np.ndarray):
                 raise InputError(f"input '{info['name']}' is a {type(x).__name__}, not an array")
-            if str(x.dtype) != info["dtype"]:
+            if x.dtype != np.dtype(info["dtype"]):
                 raise InputError(f"input '{info['name']}' has dtype {x.dtype}, the model takes {info['dtype']}")
             shape = self._arrays.model_shape(info, ticks * rate)
             batch = info["model_axes"]["batch"]

@@ -136,7 +136,7 @@ def _() -> nn.Module:
     return load("torchvggish.torchvggish", "make_layers")()
 
 
-@entry("panns_inference/Cnn14_DecisionLevelMax", (1, 8000), time=1)
+@entry("panns_inference/Cnn14_DecisionLevelMax", (1, 8000), time=1, length=13120)
 def _() -> nn.Module:
     model = load("panns_inference.models", "Cnn14_DecisionLevelMax")(8000, 256, 80, 64, 50, 4000, 5)
     return Call(model, lambda m, x: m(x)["framewise_output"])
