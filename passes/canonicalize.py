@@ -16,7 +16,7 @@ from torch.fx.node import map_arg
 
 from .capture import Capture, Point
 from .errors import CaptureError
-from .functionalize import functional
+from .functionalize import functional, mutates
 from .registry import entry, note
 
 aten = torch.ops.aten
@@ -52,7 +52,7 @@ def canonicalize(capture: Capture) -> fx.Graph:
             continue
         if _decomposed_norm(node):
             continue
-        written = node.args[0] if _writes(node) else None
+        written = node.args[0] if mutates(node.target) else None
         target = functional(node.target)
         target = _OTHER_NAMES.get(target, target)
         taken = node
@@ -430,9 +430,3 @@ def _only(node: fx.Node) -> fx.Node | None:
     """The one tensor that is joined with no other."""
     joined: Any = node.args[0] if node.target in _JOINS else ()
     return joined[0] if len(joined) == 1 else None
-
-
-def _writes(node: fx.Node) -> bool:
-    return isinstance(node.target, torch._ops.OpOverload) and any(
-        a.alias_info is not None and a.alias_info.is_write for a in node.target._schema.arguments
-    )

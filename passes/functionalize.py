@@ -57,23 +57,28 @@ def functionalize(graph: fx.Graph) -> bool:
     """Rewrite a traced graph so; False, with nothing changed, if it has views or writes that are not known here."""
     try:
         rewriting = _Rewriting(graph)
-    except NotImplementedError:
+    except _Unknown:
         return False
     rewriting.run()
     return True
 
 
+class _Unknown(Exception):
+    """A view or a write that is not known here: the graph is left to torch."""
+
+
 class _Rewriting:
-    """Attributes:
-    parent: what each view is a view of, and what each in-place op writes to.
-    root: for each view and each in-place op, and each tensor that is written to, the tensor in memory.
-    now: what stands for a node at this place in the graph.
-    current: the version of its root that it stands for.
-    version: how often each root has been written to so far.
+    """A graph on its way through its nodes.
+
+    Attributes:
+        parent: what each view is a view of, and what each in-place op writes to.
+        root: for each view and each in-place op, and each tensor that is written to, the tensor in memory.
+        now: what stands for a node at this place in the graph.
+        current: the version of its root that it stands for.
+        version: how often each root has been written to so far.
     """
 
     def __init__(self, graph: fx.Graph) -> None:
-        """Raises: NotImplementedError."""
         self.graph = graph
         self.parent: dict[fx.Node, fx.Node] = {}
         self.root: dict[fx.Node, fx.Node] = {}
@@ -87,15 +92,18 @@ class _Rewriting:
             self.root[node] = self.root[self.parent[node]] if node in self.parent else node
         dirty = {self.root[w] for w in self.writers}
         if any(r.op != "call_function" for r in dirty):
-            raise NotImplementedError("a buffer or an input is written to")
+            raise _Unknown("a buffer or an input is written to")
+        memory = {_storage(r): r for r in dirty}
         for node, root in list(self.root.items()):
+            if memory.get(_storage(node), root) is not root:
+                raise _Unknown(f"what is written to is also seen by way of {node.target}")
             if root not in dirty:
                 del self.root[node]
                 self.parent.pop(node, None)
         for part in self.writers:
             while (part := self.parent[part]) in self.parent:
                 if part not in self.writers and part.target not in _BACK and _part(part) is None:
-                    raise NotImplementedError(f"something is written to a view by {part.target}")
+                    raise _Unknown(f"something is written to a view by {part.target}")
         self.now: dict[fx.Node, fx.Node] = {}
         self.version = dict.fromkeys(dirty, 0)
         self.current = dict.fromkeys(self.root, 0)
@@ -174,11 +182,14 @@ class _Rewriting:
         return new
 
 
+def mutates(target: Any) -> bool:
+    """Whether a node's target is an op that writes to an argument."""
+    return isinstance(target, torch._ops.OpOverload) and bool(target._schema.is_mutable)
+
+
 def functional(target: Any) -> Any:
     """The functional twin of an in-place overload; any other target as it is."""
-    if not isinstance(target, torch._ops.OpOverload) or not any(
-        a.alias_info is not None and a.alias_info.is_write for a in target._schema.arguments
-    ):
+    if not mutates(target):
         return target
     name = target._schema.name.split("::")[1]
     packet = getattr(aten, name.rstrip("_"), None)
@@ -198,16 +209,19 @@ def _viewed(node: fx.Node) -> fx.Node | None:
     schema, first = node.target._schema.arguments[0], node.args[0]
     if node.target is aten.detach_.default:
         return _target(node)
-    alias = schema.alias_info is not None and not schema.alias_info.is_write and isinstance(first, fx.Node)
+    alias = schema.alias_info is not None and not schema.alias_info.is_write
     return first if alias and isinstance(first, fx.Node) and _same_memory(first, node) else None
 
 
 def _same_memory(one: fx.Node, other: fx.Node) -> bool:
     """Whether two tensors share their memory: what may be a view, as ``reshape``, may also be a copy."""
-    first, second = (n.meta.get("val") for n in (one, other))
-    if not isinstance(first, torch.Tensor) or not isinstance(second, torch.Tensor):
-        return False
-    return bool(first.untyped_storage()._cdata == second.untyped_storage()._cdata)
+    return _storage(one) is not None and _storage(one) == _storage(other)
+
+
+def _storage(node: fx.Node) -> int | None:
+    """Which memory a tensor lies in; None of what is no tensor."""
+    value = node.meta.get("val")
+    return int(value.untyped_storage()._cdata) if isinstance(value, torch.Tensor) else None
 
 
 def _several(node: fx.Node) -> bool:
@@ -221,24 +235,23 @@ def _writes(node: fx.Node) -> bool:
     """Whether a node writes in place.
 
     Raises:
-        NotImplementedError: in a way that is not known here.
+        _Unknown: in a way that is not known here.
     """
-    if not isinstance(node.target, torch._ops.OpOverload) or node.target is aten.detach_.default:
+    if not mutates(node.target) or node.target is aten.detach_.default:
         return False
-    written = [i for i, a in enumerate(node.target._schema.arguments) if a.alias_info and a.alias_info.is_write]
-    if not written:
-        return False
+    schema = cast(torch._ops.OpOverload, node.target)._schema
+    written = [i for i, a in enumerate(schema.arguments) if a.alias_info and a.alias_info.is_write]
     tensors = [n.meta.get("val") for n in node.all_input_nodes]
     target = node.args[0].meta["val"] if isinstance(node.args[0], fx.Node) else None
     try:
         functional(node.target)
     except TypeError:
-        raise NotImplementedError(str(node.target)) from None
+        raise _Unknown(str(node.target)) from None
     if written != [0] or not isinstance(target, torch.Tensor):
-        raise NotImplementedError(str(node.target))
+        raise _Unknown(str(node.target))
     casts = any(isinstance(t, torch.Tensor) and torch.result_type(t, target) != target.dtype for t in tensors)
     if casts and node.target not in (aten.copy_.default, aten.fill_.Tensor):
-        raise NotImplementedError("what is written is converted")
+        raise _Unknown("what is written is converted")
     return True
 
 

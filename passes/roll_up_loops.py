@@ -77,8 +77,7 @@ def gather_assignments(graph: fx.Graph) -> None:
             graph.erase_node(node)
     for node in list(graph.nodes):
         if node.target is aten.slice.Tensor and (parts := _assigned_frames(graph, node)) is not None:
-            calls: list[Any] = [((parts, node.meta["samples"][0]["dim"]), {})] * len(node.meta["sizes"])
-            take_place(node, call_at(graph, node, aten.stack.default, calls, node.meta["sizes"], node.meta["val"]))
+            take_place(node, _stack(graph, node, parts, node.meta["samples"][0]["dim"]))
             graph.erase_node(node)
     for node in list(graph.nodes):
         if node.target is not aten.select_scatter.default or any(u.target is node.target for u in node.users):
@@ -105,13 +104,14 @@ def gather_assignments(graph: fx.Graph) -> None:
             or any(n.meta["val"].dtype != node.meta["val"].dtype for n in assigned.values())
         ):
             continue
-        parts = [assigned[i] for i in range(size)]
-        with graph.inserting_before(node):
-            stack = graph.call_function(aten.stack.default, (parts, dim))
-        samples = [{"tensors": parts, "dim": dim} for _ in node.meta["samples"]]
-        stack.meta = dict(node.meta) | {"samples": samples}
-        take_place(node, stack)
+        take_place(node, _stack(graph, node, [assigned[i] for i in range(size)], dim))
     graph.eliminate_dead_code()
+
+
+def _stack(graph: fx.Graph, node: fx.Node, parts: list[fx.Node], dim: int) -> fx.Node:
+    """A node as a stack of its frames."""
+    calls: list[Any] = [((parts, dim), {})] * len(node.meta["sizes"])
+    return call_at(graph, node, aten.stack.default, calls, node.meta["sizes"], node.meta["val"])
 
 
 def _assigned(graph: fx.Graph, node: fx.Node) -> fx.Node | None:
@@ -151,7 +151,8 @@ def _assigned_frames(graph: fx.Graph, node: fx.Node) -> list[fx.Node] | None:
     found: dict[int, fx.Node] = {}
     while link.target is aten.select_scatter.default:
         at = link.meta["samples"][0]
-        if at["dim"] % len(sizes[0]) != dim or not isinstance(at["src"], fx.Node):
+        same = all(s["index"] == at["index"] for s in link.meta["samples"])
+        if at["dim"] % len(sizes[0]) != dim or not same or not isinstance(at["src"], fx.Node):
             return None
         index = at["index"] % size
         if index in wanted:
