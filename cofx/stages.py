@@ -47,13 +47,14 @@ class Stage:
 def stages_of(
     plan: Plan, macs: Mapping[fx.Node, int], repeated: Collection[fx.Node], specs: Sequence[StateSpec], batch: int
 ) -> tuple[Stage, ...]:
-    """Neighbouring nodes of one submodule as one stage; what depends on parameters alone is left out."""
+    """Neighbouring nodes of one submodule as one stage; what depends on parameters alone is left out if it is no work."""
     kept = _kept(plan, specs, batch)
     groups: list[list[fx.Node]] = []
     stage: dict[fx.Node, int] = {}
+    static = {n for n in plan.graph.nodes if isinstance(plan.facts.of.get(n), Static | None)}
     for node in plan.graph.nodes:
-        timed = not isinstance(plan.facts.of.get(node), Static | None)
-        if not (node.op == "placeholder" or (node.op == "call_function" and timed)):
+        work = node not in static or macs.get(node)
+        if not (node.op == "placeholder" or (node.op == "call_function" and work)):
             continue
         alone = not groups or node.op == "placeholder" or groups[-1][-1].op == "placeholder"
         if alone or module_path(groups[-1][-1]) != module_path(node):
@@ -71,7 +72,7 @@ def stages_of(
                 module="input" if nodes[0].op == "placeholder" else module_path(nodes[0]),
                 ops=tuple(dict.fromkeys(_op_name(n) for n in nodes)),
                 at="" if nodes[0].op == "placeholder" else user_frame(nodes[0]),
-                fact="clip" if clip else "stream" if stream or nodes[0].op != "placeholder" else "static",
+                fact="clip" if clip else "static" if static.issuperset(nodes) else "stream",
                 delay=None if about is None else about.delay,
                 receptive_field=None if about is None else about.receptive_field,
                 stride=None if about is None else about.stride,
