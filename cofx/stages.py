@@ -47,7 +47,7 @@ class Stage:
 def stages_of(
     plan: Plan, macs: Mapping[fx.Node, int], repeated: Collection[fx.Node], specs: Sequence[StateSpec], batch: int
 ) -> tuple[Stage, ...]:
-    """Neighbouring nodes of one submodule as one stage; what depends on parameters alone is left out if it is no work."""
+    """Neighbouring nodes of one submodule as one stage; of what depends on parameters alone only what is work."""
     kept = _kept(plan, specs, batch)
     groups: list[list[fx.Node]] = []
     stage: dict[fx.Node, int] = {}

@@ -105,6 +105,7 @@ def check_streams(model: nn.Module, shape: tuple[int, ...], least: float, nonloc
         assert step.verify(torch.randn(*shape[:2], 2 * shape[2], *shape[3:])).exact
 
 
+@pytest.mark.slow  # tests/test_nonlocal.py has its graph of joints by itself
 @pytest.mark.parametrize("name", TRAILING)
 def test_with_trailing_forms(name: str) -> None:
     build, shape, least = TRAILING[name]

@@ -26,7 +26,7 @@ def chosen(step):
 
 
 @pytest.mark.filterwarnings("ignore:steps run eagerly")
-@pytest.mark.parametrize("sample", spread(9))
+@pytest.mark.parametrize("sample", spread(27))
 def test_collection_in_onnx_runtime(sample):
     if sample.name in NO_KERNEL:
         with pytest.raises(InputError, match="ONNX Runtime cannot run"):

@@ -12,7 +12,7 @@ from lane_streams import Batch, step_call
 from models import SAMPLES, Sample, batched
 from shaken import FailsAt
 
-BATCHED = batched(6)
+BATCHED = batched(16)
 
 
 @pytest.fixture(autouse=True)

@@ -126,7 +126,11 @@ def test_a_model_without_branches_is_not_asked_again() -> None:
     assert time.perf_counter() - before < 10
 
 
-@pytest.mark.parametrize(("entries", "example"), [(14, 12), (12, 12), (13, 12), (14, 7), (40, 12), (400, 12)])
+MORE = [(13, 12), (14, 7), (40, 12), (400, 12)]
+SIZES = [(14, 12), (12, 12), *(pytest.param(*sizes, marks=pytest.mark.slow) for sizes in MORE)]
+
+
+@pytest.mark.parametrize(("entries", "example"), SIZES)
 def test_a_table_is_read_to_its_end(entries: int, example: int, tmp_path) -> None:
     """However few entries there are beyond the example: step by step, in lanes and in a file."""
 

@@ -62,14 +62,14 @@ def compared(sample: Sample) -> None:
         torch.testing.assert_close(got[name], want[name], **near)
 
 
-@pytest.mark.parametrize("sample", spread(9))
+@pytest.mark.parametrize("sample", spread(18))
 @torch.no_grad()
 def test_collection(sample):
     compared(sample)
 
 
 @pytest.mark.parametrize(
-    "sample", [pytest.param(s, id=s.name, marks=[pytest.mark.slow] if i % 9 else []) for i, s in enumerate(RULES)]
+    "sample", [pytest.param(s, id=s.name, marks=[pytest.mark.slow] if i % 18 else []) for i, s in enumerate(RULES)]
 )
 @torch.no_grad()
 def test_samples_of_rules(sample):

@@ -15,7 +15,7 @@ from lane_streams import Batch, Leaves
 from models import batched
 from streaming import TOLERANCES
 
-BATCHED = batched(16)
+BATCHED = batched(40)
 
 
 @pytest.fixture(autouse=True)

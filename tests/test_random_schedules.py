@@ -74,13 +74,13 @@ def check_onnx(sample: Sample, seed: int, folder: Path) -> None:
     batch.run(step_call(shaken, sample, batch.period), calls=40, sizes=(1,))
 
 
-@settings(budget, max_examples=SEARCH or 10)
+@settings(budget, max_examples=SEARCH or 6)
 @given(networks(), seeds)
 def test_random_schedules(tmp_path_factory, sample: Sample, seed: int) -> None:
     check_schedule(sample, seed, tmp_path_factory.getbasetemp())
 
 
-@settings(budget, max_examples=SEARCH or 6)
+@settings(budget, max_examples=SEARCH or 4)
 @given(networks(), seeds, st.integers(1, 6))
 def test_random_lanes(tmp_path_factory, sample: Sample, seed: int, lanes: int) -> None:
     check_lanes(sample, seed, tmp_path_factory.getbasetemp(), lanes)
