@@ -15,7 +15,7 @@ def all_large(monkeypatch):
     monkeypatch.setattr(states, "_large", lambda value: True)
 
 
-@pytest.mark.parametrize("sample", spread(15))
+@pytest.mark.parametrize("sample", spread(24))
 def test_collection(sample, all_large):
     case = compile_case(sample)
     for check in ("steps", "purity", "snapshot", "aliasing"):

@@ -12,7 +12,7 @@ from lane_streams import Batch, step_call
 from models import SAMPLES, Sample, batched
 from shaken import FailsAt
 
-BATCHED = batched(16)
+BATCHED = batched(24)
 
 
 @pytest.fixture(autouse=True)

@@ -62,7 +62,7 @@ def compared(sample: Sample) -> None:
         torch.testing.assert_close(got[name], want[name], **near)
 
 
-@pytest.mark.parametrize("sample", spread(18))
+@pytest.mark.parametrize("sample", spread(24))
 @torch.no_grad()
 def test_collection(sample):
     compared(sample)

@@ -40,7 +40,7 @@ class Tags(HTMLParser):
 
 
 @pytest.mark.filterwarnings("ignore:.*first-clip")
-@pytest.mark.parametrize("sample", spread(18))
+@pytest.mark.parametrize("sample", spread(24))
 def test_stages_add_up(sample):
     step = compile_case(sample).step
     report = step.report()

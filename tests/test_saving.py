@@ -17,7 +17,7 @@ from models import spread
 CHECKS = ("steps", "chunks", "flush", "clean", "snapshot", "aliasing", "attributes", "latency")
 
 
-@pytest.mark.parametrize("sample", spread(15))
+@pytest.mark.parametrize("sample", spread(24))
 def test_collection(sample, tmp_path):
     case = compile_case(sample)
     case.step.save(tmp_path / "step")

@@ -398,14 +398,14 @@ class StateSpaceStable(StateSpaceDual):
 
 
 SAMPLES = [
+    attention("keys_first", KeysFirst),
+    attention("turned_mask", TurnedMask),
     attention("skewed", Skewed),
     banded("skewed_band", lambda: Skewed(back=3)),
     banded("skewed_both_ways", lambda: SkewedBothWays(ahead=2, back=3)),
     attention("skewed_table", SkewedTable),
     Sample("attention_skewed_over_the_clip", lambda: Skewed(ahead=None), (2, 9, 4), 1, kind="clip"),
     Sample("attention_skewed_past_its_distances", lambda: Skewed(ahead=1, back=3), (2, 9, 4), 1, kind="clip"),
-    attention("keys_first", KeysFirst),
-    attention("turned_mask", TurnedMask),
     attention("assigned_mask", AssignedMask),
     attention("retention", Retention),
     attention("matrix_memory", MatrixMemory),

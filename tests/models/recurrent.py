@@ -394,15 +394,15 @@ class FilterInPlace(nn.Module):
 
 
 SAMPLES = [
-    recurrent("filter_in_place", FilterInPlace, (2, 1, 9), time_dim=2),
-    recurrent("written_beside", WrittenBeside),
-    recurrent("of_each_joint", OfEachJoint, (2, 3, 8, 5), time_dim=2),
     recurrent(
         "unbatched_lstm", lambda: Output(nn.LSTM(3, 4)), (8, 3), time_dim=0, batch_dim=None, options={"batch_dim": None}
     ),
     recurrent("rnn_tanh", lambda: Output(nn.RNN(3, 4, 2, batch_first=True))),
     recurrent("rnn_relu", lambda: Output(nn.RNN(3, 4, nonlinearity="relu", bias=False, batch_first=True))),
     recurrent("gru", lambda: Output(nn.GRU(3, 4, batch_first=True))),
+    recurrent("filter_in_place", FilterInPlace, (2, 1, 9), time_dim=2),
+    recurrent("written_beside", WrittenBeside),
+    recurrent("of_each_joint", OfEachJoint, (2, 3, 8, 5), time_dim=2),
     recurrent("gru_stacked_time_first", lambda: Output(nn.GRU(3, 4, 3)), (9, 2, 3), time_dim=0, batch_dim=1),
     recurrent("lstm", lambda: Output(nn.LSTM(3, 4, batch_first=True))),
     recurrent("lstm_stacked", lambda: Output(nn.LSTM(3, 4, 3, batch_first=True, dropout=0.2))),
