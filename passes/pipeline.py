@@ -38,6 +38,7 @@ from .roll_up_loops import gather_assignments, roll_up_loops
 from .schedule_delays import Schedule, phases, reach, schedule_delays
 from .sink_slices import sink_slices
 from .split_einsums import split_einsums
+from .split_keys import split_keys
 from .stream_graph import Clip, Op, Value, View, read
 from .unfold_spectra import unfold_spectra
 from .unskew_distances import unskew_distances
@@ -384,6 +385,7 @@ def _with_facts(
     gather_assignments(graph)
     split_einsums(graph)
     sink_slices(graph)
+    split_keys(graph)
     fold_positions(graph)
     unfold_spectra(graph)
     while True:

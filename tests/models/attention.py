@@ -397,9 +397,65 @@ class StateSpaceStable(StateSpaceDual):
         return ((c @ b.transpose(1, 2)) * decay) @ x
 
 
+class ToMemoryToo(Heads):
+    """Learned keys and values before those of the frames, and the masks that go with them."""
+
+    def __init__(self, mask) -> None:
+        super().__init__()
+        self.mask, self.keys, self.values = mask, parameter(2, 3, 2), parameter(2, 3, 2)
+
+    def attend(self, q, k, v):
+        k, v = (torch.cat([m.expand(len(q), -1, -1, -1), x], 2) for m, x in ((self.keys, k), (self.values, v)))
+        hidden = self.mask(q.shape[2])
+        if hidden.dtype == torch.bool:
+            return F.scaled_dot_product_attention(q, k, v, attn_mask=~hidden)
+        return (q @ k.mT / 2 + hidden).softmax(-1) @ v
+
+
+def later(t):
+    return torch.ones(t, t, dtype=torch.bool).triu(1)
+
+
+MASKS_OF_MEMORY = {
+    "padded": lambda t: F.pad(later(t), (3, 0)),
+    "joined": lambda t: torch.cat([torch.zeros(t, 3, dtype=torch.bool), later(t)], 1),
+    "triangle": lambda t: torch.full((t, t + 3), -torch.inf).triu(4),
+    "positions": lambda t: torch.arange(t + 3) > torch.arange(t)[:, None] + 3,
+    "band": lambda t: F.pad(later(t) | torch.ones(t, t, dtype=torch.bool).tril(-4), (3, 0)),
+}
+
+
+class SinkScores(Heads):
+    """A score beside those of the keys that takes weight away from them."""
+
+    def attend(self, q, k, v):
+        scores = (q @ k.mT / 2).masked_fill(later(q.shape[2]), -torch.inf)
+        sinks = self.out.bias[:2].view(1, 2, 1, 1).expand(len(q), 2, q.shape[2], 1)
+        return torch.cat([scores, sinks], -1).softmax(-1)[..., :-1] @ v
+
+
+class Beside(nn.Module):
+    """The keys and values that `nn.MultiheadAttention` can add to those of the frames."""
+
+    def __init__(self, weights: bool, **options) -> None:
+        super().__init__()
+        self.attention, self.weights = nn.MultiheadAttention(4, 2, batch_first=True, **options), weights
+
+    def forward(self, x):
+        return self.attention(x, x, x, attn_mask=later(x.shape[1]), need_weights=self.weights)[0]
+
+
 SAMPLES = [
     attention("keys_first", KeysFirst),
     attention("turned_mask", TurnedMask),
+    *(
+        attention(f"to_memory_too_{name}", lambda m=mask: ToMemoryToo(m), unbounded=name != "band")
+        for name, mask in MASKS_OF_MEMORY.items()
+    ),
+    attention("sink_scores", SinkScores),
+    attention("bias_kv", lambda: Beside(False, add_bias_kv=True)),
+    attention("zero_attn", lambda: Beside(False, add_zero_attn=True)),
+    attention("bias_kv_and_zero_attn", lambda: Beside(True, add_bias_kv=True, add_zero_attn=True)),
     attention("skewed", Skewed),
     banded("skewed_band", lambda: Skewed(back=3)),
     banded("skewed_both_ways", lambda: SkewedBothWays(ahead=2, back=3)),
