@@ -40,9 +40,11 @@ def compare_lengths(
         pairs = list(zip(graph.nodes, twin.nodes, strict=False))
         back = {b: a for a, b in pairs}
         alike = len(graph.nodes) == len(twin.nodes) and all(_same_form(a, b, back) for a, b in pairs)
+        if not alike:
+            continue
         constants = [(a, captured.constants[str(a.target)], other.constants[str(b.target)]) for a, b in pairs
                      if a.op == "get_attr" and str(a.target) in captured.constants]  # fmt: skip
-        alike = alike and all(_same_constant(here, there) for _, here, there in constants)
+        alike = all(_same_constant(here, there) for _, here, there in constants)
         if alike:
             captured.points.append(other.points[0])
             _add_sizes(pairs, back)

@@ -104,6 +104,17 @@ def test_a_form_that_differs_at_another_length_is_recomputed_over_clips() -> Non
         cofx.compile(model, X[:, :, :32], equivalence="stream")
 
 
+def test_another_form_may_have_other_constants() -> None:
+    """Of transformers' Wav2Vec2Conformer one form had a constant where the other had a buffer."""
+
+    def forward(m: nn.Module, x: torch.Tensor) -> torch.Tensor:
+        y = torch.stack([frame * torch.tensor([0.5]) for frame in x.unbind(2)], 2)
+        return y + m.late.running_mean.unsqueeze(1) if x.shape[2] > 12 else y
+
+    step = cofx.compile(Net(forward, late=nn.BatchNorm1d(3)), X[:, :, :12])
+    assert step.equivalence == "clip" and step.verify(X[:, :, :12]).exact
+
+
 def test_a_prefix_goes_through_every_length() -> None:
     def forward(m: nn.Module, x: torch.Tensor) -> torch.Tensor:
         last = m.memory(x.mT)[1][-1]
