@@ -9,9 +9,8 @@ the parts of a softmax share their largest score and their sum.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
-from functools import reduce
+from functools import partial, reduce
 from typing import Any
 
 import torch
@@ -134,7 +133,7 @@ class _Splitting:
         source = args.get("self", args.get("input"))
         if source not in self.of:
             return None
-        if target in (aten.softmax.int, aten._softmax.default):
+        if target in _SOFTMAX:
             return self._softmax(node, source)
         if target is aten.slice.Tensor:
             return self._slice(node, source)
@@ -391,9 +390,7 @@ class _Splitting:
     def _made(self, like: fx.Node, target: Any, calls: list[Any]) -> fx.Node:
         sizes = []
         for i, (args, kwargs) in enumerate(calls):
-            at: Callable[[fx.Node], Any] = lambda n, i=i: torch.empty(  # type: ignore[misc] # noqa: E731
-                n.meta["sizes"][i], dtype=n.meta["val"].dtype, device="meta"
-            )
+            at = partial(_shaped_at, i)
             sizes.append(tuple(target(*map_arg(args, at), **map_arg(kwargs, at)).shape))
         args, kwargs = map_arg(calls[0], lambda n: n.meta["val"])
         return call_at(self.graph, like, target, calls, sizes, target(*args, **kwargs))
@@ -411,6 +408,11 @@ def _first(node: fx.Node) -> int | None:
     steps = {s.get("step", 1) for s in node.meta["samples"]}
     first = begins.pop()
     return first if not begins and steps == {1} and isinstance(first, int) else None
+
+
+def _shaped_at(i: int, node: fx.Node) -> torch.Tensor:
+    """A tensor without numbers, in a node's shape at the i-th sample point."""
+    return torch.empty(node.meta["sizes"][i], dtype=node.meta["val"].dtype, device="meta")
 
 
 def _with(sizes: Any, axis: int, size: Any) -> tuple[Any, ...]:
