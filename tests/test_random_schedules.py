@@ -1,6 +1,7 @@
 """Random nets under random schedules: chunks, starts, holds, resets, snapshots, flushes, and calls that fail midway.
 
-The same few each time; ``COFX_EXAMPLES=2000`` tries that many new ones, and shrinks what fails.
+The same few each time; ``COFX_EXAMPLES=200`` tries that many new nets, each under 20 schedules (compiling costs most), and
+shrinks what fails.
 """
 
 import random
@@ -23,6 +24,7 @@ from test_onnx import close
 from test_random_networks import SEARCH, budget
 
 seeds = st.integers(0, 2**20)
+SCHEDULES = 20 if SEARCH else 1  # of each net
 
 
 @pytest.fixture(autouse=True)
@@ -36,11 +38,10 @@ def compiled(sample: Sample) -> cofx.StepModule:
     return cofx.compile(sample.model(), *sample.inputs(sample.clip_length, seed=9))
 
 
-def check_schedule(sample: Sample, seed: int, folder: Path) -> None:
+def check_schedule(sample: Sample, step: cofx.StepModule, seed: int, folder: Path) -> None:
     """All streams of the batch together: chunks of any size, and a flush wherever the net runs at that length."""
-    rng, model = random.Random(seed), sample.model()
-    step = Shaken(compiled(sample), rng, folder)
-    case = Case(sample, step, model)
+    rng = random.Random(seed)
+    case = Case(sample, Shaken(step, rng, folder), step.model)
     clips = sample.inputs(sample.length, seed=seed)
     wanted = [list(y.unbind(2)) for y in case.offline(clips)]
     run = case.run(clips)
@@ -58,18 +59,15 @@ def check_schedule(sample: Sample, seed: int, folder: Path) -> None:
     run.flush().expect(wanted)
 
 
-def check_lanes(sample: Sample, seed: int, folder: Path, lanes: int = 4) -> None:
+def check_lanes(sample: Sample, step: cofx.StepModule, seed: int, folder: Path, lanes: int) -> None:
     """Every lane by itself."""
     batch = Batch(sample, lanes=lanes, seed=seed, offline=True)
-    step = Shaken(compiled(sample), batch.rng, folder)
-    batch.run(step_call(step, sample, batch.period), calls=30)
+    batch.run(step_call(Shaken(step, batch.rng, folder), sample, batch.period), calls=30)
 
 
-def check_onnx(sample: Sample, seed: int, folder: Path) -> None:
+def check_onnx(sample: Sample, step: cofx.StepModule, seed: int, folder: Path) -> None:
     """Every lane by itself, now in ONNX Runtime, now in PyTorch."""
     batch = Batch(sample, lanes=3, seed=seed, same=close, offline=True)
-    step = compiled(sample)
-    step.to_onnx(folder / "step.onnx")
     shaken = Shaken(OnnxStep(folder / "step.onnx"), batch.rng, folder, other=step)
     batch.run(step_call(shaken, sample, batch.period), calls=40, sizes=(1,))
 
@@ -77,16 +75,26 @@ def check_onnx(sample: Sample, seed: int, folder: Path) -> None:
 @settings(budget, max_examples=SEARCH or 6)
 @given(networks(), seeds)
 def test_random_schedules(tmp_path_factory, sample: Sample, seed: int) -> None:
-    check_schedule(sample, seed, tmp_path_factory.getbasetemp())
+    step = compiled(sample)
+    for i in range(SCHEDULES):
+        step.clean_state()
+        check_schedule(sample, step, seed + i, tmp_path_factory.getbasetemp())
 
 
 @settings(budget, max_examples=SEARCH or 4)
 @given(networks(), seeds, st.integers(1, 6))
 def test_random_lanes(tmp_path_factory, sample: Sample, seed: int, lanes: int) -> None:
-    check_lanes(sample, seed, tmp_path_factory.getbasetemp(), lanes)
+    step = compiled(sample)
+    for i in range(SCHEDULES):
+        step.clean_state()
+        check_lanes(sample, step, seed + i, tmp_path_factory.getbasetemp(), lanes)
 
 
 @settings(budget, max_examples=SEARCH or 2)
 @given(networks(most=5), seeds)
 def test_random_lanes_in_onnx(tmp_path_factory, sample: Sample, seed: int) -> None:
-    check_onnx(sample, seed, tmp_path_factory.getbasetemp())
+    step, folder = compiled(sample), tmp_path_factory.getbasetemp()
+    step.to_onnx(folder / "step.onnx")
+    for i in range(SCHEDULES):
+        step.clean_state()
+        check_onnx(sample, step, seed + i, folder)
