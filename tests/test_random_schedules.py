@@ -1,7 +1,7 @@
 """Random nets under random schedules: chunks, starts, holds, resets, snapshots, flushes, and calls that fail midway.
 
-The same few each time; ``COFX_EXAMPLES=200`` tries that many new nets, each under 20 schedules (compiling costs most), and
-shrinks what fails.
+The same few each time; ``COFX_EXAMPLES=200`` tries that many new nets, each under 20 schedules (compiling costs most),
+and shrinks what fails.
 """
 
 import random
