@@ -68,7 +68,7 @@ def canonicalize(capture: Capture) -> fx.Graph:
         if target in _PADDED_BY_WORD:
             target, args = _with_numbers(graph, node, args, kwargs, capture)
             kwargs = {}
-        if target in _JOINS and (padded := _as_pad(node)) is not None:
+        if target in JOINS and (padded := _as_pad(node)) is not None:
             source, pads, number = padded
             target, args, kwargs = aten.pad.default, (env[source], pads, "constant", number), {}
         if target in _CONVERSIONS and node.args[0].meta["val"].device == value.device:
@@ -105,7 +105,7 @@ def canonicalize(capture: Capture) -> fx.Graph:
 
 # to a type, which may be another tensor's, perhaps on a device
 _CONVERSIONS = (aten.type_as.default, aten.to.other, aten.to.device, aten.to.dtype_layout)
-_JOINS = (aten.cat.default, aten.concat.default, aten.concatenate.default)
+JOINS = (aten.cat.default, aten.concat.default, aten.concatenate.default)
 
 _ASSIGNMENTS = (aten.index_put.default, aten._unsafe_index_put.default)
 
@@ -161,7 +161,7 @@ def _masks(node: fx.Node) -> bool:
     return bool(alone and mask.meta["val"].dtype == torch.bool and mask.meta["val"].dim() == x.dim() >= written.dim())
 
 
-note(*_PADDED_BY_WORD, *_CONVERSIONS, *_OTHER_NAMES, *_SHAPED_LIKE, *_FILLS, *_JOINS, stays=True)
+note(*_PADDED_BY_WORD, *_CONVERSIONS, *_OTHER_NAMES, *_SHAPED_LIKE, *_FILLS, *JOINS, stays=True)
 
 
 def _alike(node: Any, value: torch.Tensor) -> bool:
@@ -428,5 +428,5 @@ def _keeps(node: fx.Node) -> bool:
 
 def _only(node: fx.Node) -> fx.Node | None:
     """The one tensor that is joined with no other."""
-    joined: Any = node.args[0] if node.target in _JOINS else ()
+    joined: Any = node.args[0] if node.target in JOINS else ()
     return joined[0] if len(joined) == 1 else None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import fx
 from torch.fx.node import map_arg
 
@@ -19,6 +20,22 @@ def sizes_of(node: fx.Node) -> list[Sizes]:
 def moves(node: fx.Node) -> bool:
     """Whether the shape is not the same at all sample points."""
     return len(set(node.meta["sizes"])) > 1
+
+
+def order_of(node: fx.Node) -> list[int] | None:
+    """For each dimension of a permutation the one that it is of what is permuted; None if it is no permutation."""
+    args, rank = node.meta["samples"][0], len(node.meta["sizes"][0])
+    if node.target is torch.ops.aten.permute.default:
+        return [d % rank for d in args["dims"]]
+    if node.target not in _SWAPS:
+        return None
+    order = list(range(rank))
+    one, two = args.get("dim0", -1) % rank, args.get("dim1", -2) % rank
+    order[one], order[two] = two, one
+    return order
+
+
+_SWAPS = (torch.ops.aten.transpose.int, torch.ops.aten.mT.default, torch.ops.aten.t.default)
 
 
 def take_place(old: fx.Node, new: fx.Node) -> None:

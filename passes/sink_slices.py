@@ -13,12 +13,11 @@ from typing import Any
 import torch
 from torch import fx
 
-from .canonicalize import unbind
-from .graph_edits import call_at, sizes_of, take_place
+from .canonicalize import JOINS, unbind
+from .graph_edits import call_at, order_of, sizes_of, take_place
 from .layout import Sizes
 
 aten = torch.ops.aten
-_JOINS = (aten.cat.default, aten.concat.default, aten.concatenate.default)
 
 
 def sink_slices(graph: fx.Graph) -> None:
@@ -65,17 +64,11 @@ class _Cut:
         args = source.meta["samples"][0]
         rank = len(source.meta["sizes"][0])
         target: Any = source.target
-        if target in (aten.transpose.int, aten.permute.default):
-            order = list(range(rank))
-            if target is aten.permute.default:
-                order = [d % rank for d in args["dims"]]
-            else:
-                one, two = args["dim0"] % rank, args["dim1"] % rank
-                order[one], order[two] = two, one
+        if (order := order_of(source)) is not None:
             return self._again(graph, source, {args["self"]: _Cut(order[self.axis], self.start)})
         if target in (aten.repeat.default, aten.expand.default):
             return self._spread(graph, source)
-        if target in _JOINS and args["dim"] % rank == self.axis:
+        if target in JOINS and args["dim"] % rank == self.axis:
             return self._joined(graph, args["tensors"])
         if isinstance(target, torch._ops.OpOverload) and torch.Tag.pointwise in target.tags:
             cuts = {}
@@ -88,7 +81,7 @@ class _Cut:
 
     def taken(self, graph: fx.Graph, source: fx.Node, before: fx.Node) -> fx.Node:
         """The slice of a node, moved up as far as it goes."""
-        moved = self.through(graph, source) if _paired(source) or source.target in _JOINS else None
+        moved = self.through(graph, source) if _paired(source) or source.target in JOINS else None
         if moved is not None:
             return moved
         calls: list[Any] = [((source, self.axis, self.start, n), {}) for n in sizes_of(source)[self.axis]]

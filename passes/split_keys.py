@@ -17,16 +17,14 @@ import torch
 from torch import fx
 from torch.fx.node import map_arg
 
-from .canonicalize import unbind
-from .graph_edits import call_at, sizes_of, take_place
+from .canonicalize import JOINS, unbind
+from .graph_edits import call_at, order_of, sizes_of, take_place
 from .split_einsums import spelled_out
 
 aten = torch.ops.aten
-_JOINS = (aten.cat.default, aten.concat.default, aten.concatenate.default)
 _PADS = (aten.pad.default, aten.constant_pad_nd.default)
 _PRODUCTS = (aten.matmul.default, aten.bmm.default, aten.baddbmm.default, aten.einsum.default)
 _SOFTMAX = (aten.softmax.int, aten._softmax.default)
-_TURNS = (aten.permute.default, aten.transpose.int, aten.mT.default, aten.t.default)
 _RANGES = (aten.arange.default, aten.arange.start, aten.arange.start_step)
 Lengths = tuple[int, ...]  # of one part, at each sample point
 
@@ -69,7 +67,7 @@ class _Splitting:
                 self.timed.add(node)
             if node.op != "call_function" or not isinstance(node.meta.get("val"), torch.Tensor):
                 continue
-            found = self._joined(node) if node.target in (*_JOINS, *_PADS) else self._again(node)
+            found = self._joined(node) if node.target in (*JOINS, *_PADS) else self._again(node)
             if isinstance(found, _Split):
                 self.of[node] = found
             elif found is not None:
@@ -79,7 +77,7 @@ class _Splitting:
 
     def _joined(self, node: fx.Node) -> _Split | None:
         args = node.meta["samples"][0]
-        if node.target in _JOINS:
+        if node.target in JOINS:
             axis, parts = args["dim"] % len(node.meta["sizes"][0]), list(args["tensors"])
         else:
             padded = self._padded(node)
@@ -158,14 +156,8 @@ class _Splitting:
         """A dimension that stays one by itself where others are moved, split or joined."""
         target, args, split = node.target, node.meta["samples"][0], self.of[source]
         rank, axis = len(source.meta["sizes"][0]), split.axis
-        if target in _TURNS:
-            order = list(range(rank))
-            if target is aten.permute.default:
-                order = [d % rank for d in args["dims"]]
-            else:
-                one, two = (args.get(name, d) % rank for name, d in (("dim0", -1), ("dim1", -2)))
-                order[one], order[two] = two, one
-            return _Split(order.index(axis), tuple([self._copy(node, {source: p}) for p in split.parts]))
+        if (order := order_of(node)) is not None:
+            return _Split(order.index(axis), tuple(self._copy(node, {source: p}) for p in split.parts))
         if target is aten.unsqueeze.default:
             at = args["dim"] % (rank + 1)
             return _Split(axis + (at <= axis), tuple(self._copy(node, {source: p}) for p in split.parts))
@@ -268,7 +260,7 @@ class _Splitting:
         return reduce(lambda a, b: self._call(node, aten.add.Tensor, a, b), parts)
 
     def _attention(self, node: fx.Node) -> fx.Node | None:
-        """Fused attention to keys in parts, written out: unless each query reads them all, see summed_up."""
+        """Fused attention to keys in parts, written out; without a mask it needs the clip, and stays as it is."""
         args = node.meta["samples"][0]
         query, key, value, mask = args["query"], args["key"], args["value"], args.get("attn_mask")
         rank = len(query.meta["sizes"][0])
