@@ -14,7 +14,7 @@ from work import check_state_size, check_work
 
 NAMES = {sample.name: sample for sample in SAMPLES}
 FURTHER = {"state_size": check_state_size, "work": check_work}
-OF_EACH = ("offline", "steps", "chunks", "flush", "work")
+OF_EACH = ("offline", "chunks", "flush")
 FIRST_CLIPS = [sample for sample in SAMPLES if sample.kind == "first-clip"]
 
 
@@ -31,8 +31,8 @@ def checks(sample: Sample) -> list[str]:
 
 
 def parameters() -> list[Any]:
-    """Every net with what is checked of it; but for the numbers themselves by default for every third."""
-    slow, slowly = {p.values[0].name for p in spread(3) if p.marks}, [pytest.mark.slow]
+    """Every net with what is checked of it; but for the numbers themselves by default for every fifth."""
+    slow, slowly = {p.values[0].name for p in spread(5) if p.marks}, [pytest.mark.slow]
     return [
         pytest.param(s, check, id=f"{s.name}-{check}", marks=slowly if s.name in slow and check not in OF_EACH else [])
         for s in SAMPLES

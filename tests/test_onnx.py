@@ -32,14 +32,6 @@ def close(a: Tensor, b: Tensor) -> bool:
     return a.shape == b.shape and a.dtype == b.dtype and bool(((a - b).double().abs() <= tolerance * scale).all())
 
 
-def exported(sample, path) -> OnnxStep:
-    """The net's file, made from a step model that was compiled with a batch of one."""
-    example = tuple(sample.inputs(sample.clip_length, seed=9, batch=1))
-    step = cofx.compile(sample.model(), example, time_dim=sample.time_dim, **sample.options)
-    step.to_onnx(path)
-    return OnnxStep(path)
-
-
 def onnx_call(step: OnnxStep, sample):
     """Lane calls of a file: its own number of frames at a time, by frames where that is one."""
     count = 0
@@ -61,28 +53,26 @@ def onnx_call(step: OnnxStep, sample):
 def test_collection(sample, tmp_path) -> None:
     """Random lanes; then all lanes together, frame by frame and as one chunk with an end."""
     try:
-        step = exported(sample, tmp_path / "step.onnx")
-        batch = Batch(sample, lanes=3, seed=2, same=close)
+        batch = Batch(sample, lanes=3, seed=2, same=close)  # compiled with a batch of one
+        batch.alone.to_onnx(tmp_path / "step.onnx")
+        step = OnnxStep(tmp_path / "step.onnx")
         for _ in range(4):
             batch.run(onnx_call(step, sample), calls=30, sizes=(1,))
             if batch.compared > 10:
                 break
         assert batch.compared > 10
-        together(step, sample)
+        together(step, batch.alone, sample)
     except (cofx.CompileError, RuntimeError, cofx.InputError) as error:
         # types in which ONNX, or its runtime, does not have every op: said, not silently wrong
         missing = re.search("unsupported type|NOT_IMPLEMENTED|does not support double", str(error))
         assert sample.dtype in (torch.bfloat16, torch.float64) and missing, error
 
 
-def together(step: OnnxStep, sample) -> None:
+def together(step: OnnxStep, twin: cofx.StepModule, sample) -> None:
     """Without lane arguments the surface is that of the PyTorch step model."""
-    twin = cofx.compile(
-        sample.model(), tuple(sample.inputs(sample.clip_length, seed=9)), time_dim=sample.time_dim, **sample.options
-    )
     clips = sample.inputs(sample.length, batch=2)
     arrays = [x.numpy() for x in clips]
-    step.clean_state()
+    step.clean_state(), twin.clean_state()
     mine, theirs = step.forward_steps(*arrays, pad_end=True), twin.forward_steps(*clips, pad_end=True)
     match(mine, theirs)
     step.clean_state(), twin.clean_state()
