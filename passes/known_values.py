@@ -35,6 +35,15 @@ _TAKES_SIZES = {
     torch._C._nn.pad, torch.nn.functional.pad, torch.Tensor.view, torch.Tensor.reshape, torch.Tensor.expand,
     torch.Tensor.repeat, torch.Tensor.narrow,
 }  # fmt: skip
+# what is asked about a tensor, which values have no part in: nearly all that torch.export itself calls
+_ABOUT = {
+    *(getattr(torch.Tensor, name).__get__ for name in (
+        "device", "dtype", "grad_fn", "is_cpu", "is_leaf", "is_mkldnn", "is_nested", "is_quantized", "is_sparse",
+        "layout", "ndim", "output_nr", "requires_grad", "shape")),
+    torch.Tensor._is_view, torch.Tensor.dim, torch.Tensor.is_conj, torch.Tensor.is_inference, torch.Tensor.is_neg,
+    torch.Tensor.numel, torch.Tensor.size, torch.Tensor.storage_offset, torch.Tensor.stride,
+    torch.Tensor.untyped_storage,
+}  # fmt: skip
 _NOT_KNOWN = nn.modules.batchnorm._NormBase, torch.jit.ScriptModule  # whose buffers are left alone
 _OPEN = (torch.SymInt, torch.SymFloat, torch.SymBool)
 
@@ -63,6 +72,8 @@ class KnownValues(TorchFunctionMode):
         self._spoilt: set[int] = set()  # memory that something unknown was written to
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in _ABOUT:
+            return func(*args, **(kwargs or {}))
         sized = func in _TAKES_SIZES
         kwargs = {k: self._with_sizes(a, sized) for k, a in (kwargs or {}).items()}
         args = tuple(self._with_sizes(self._as_number(a) if sized and i else a, sized) for i, a in enumerate(args))

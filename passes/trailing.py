@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch.utils import _pytree as pytree
 
+from .canonicalize import bind
+
 aten = torch.ops.aten
 Tensor = torch.Tensor
 
@@ -32,21 +34,27 @@ def from_frames(y: Tensor, dim: int, before: int, after: int) -> Tensor:
 def per_frame(op: Any, batched: Sequence[bool], args: Any, kwargs: Any) -> Any:
     """An op on each frame by itself; `batched` tells which of its tensors have frames in front.
 
-    What works on entries or on what its batch holds takes all frames at once. Anything else is mapped by torch.vmap,
-    which costs the tracing of the whole graph a second time.
+    Most ops take the frames as one more dimension of their batch. Anything else is mapped by torch.vmap, which costs
+    the tracing of the whole graph a second time.
     """
     leaves, spec = pytree.tree_flatten((args, kwargs))
-    if torch.Tag.pointwise in getattr(op, "tags", ()):
-        rank = max(x.dim() - b for x, b in zip(leaves, batched, strict=True) if isinstance(x, Tensor))
+    tensors = [(x, x.dim() - b) for x, b in zip(leaves, batched, strict=True) if isinstance(x, Tensor)]
+    products = op in PRODUCTS and min(rank for _, rank in tensors) > 1
+    if products or torch.Tag.pointwise in getattr(op, "tags", ()):
+        rank = max(rank for _, rank in tensors)
         wide = [
             x.reshape(x.shape[0], *[1] * (rank + 1 - x.dim()), *x.shape[1:]) if b and x.dim() <= rank else x
             for x, b in zip(leaves, batched, strict=True)
         ]
         args, kwargs = pytree.tree_unflatten(wide, spec)
-        return op(*args, **kwargs)
+        return (aten.matmul.default if products else op)(*args, **kwargs)
     if op in OF_A_BATCH and batched[0] and not any(batched[1:]) and args[0].dim() == OF_A_BATCH[op]:
         y = op(args[0].flatten(0, 1), *args[1:], **kwargs)
         return torch.unflatten(y, 0, args[0].shape[:2])
+    if len(tensors) == sum(batched) and len({rank for _, rank in tensors}) == 1:
+        given = _shifted(op, bind(op, args, kwargs), tensors[0][0].shape[0])
+        if given is not None:
+            return op(**given)
 
     def one(*frames: Tensor) -> Any:
         given = iter(frames)
@@ -57,6 +65,24 @@ def per_frame(op: Any, batched: Sequence[bool], args: Any, kwargs: Any) -> Any:
     return torch.vmap(one)(*(leaf for leaf, b in zip(leaves, batched, strict=True) if b))
 
 
+def _shifted(op: Any, given: dict[str, Any], frames: int | torch.SymInt) -> dict[str, Any] | None:
+    """Arguments of an op that tells dimensions or a shape, where one more dimension lies in front; None of others."""
+    if op in SHAPED:
+        return given | {SHAPED[op]: [frames, *given[SHAPED[op]]]}
+    dims = {name: value for name, value in given.items() if name in DIMENSIONS}
+    if not dims or any(value is None or value == [] for value in dims.values()):
+        return None  # over all of them
+
+    shifted = pytree.tree_map(lambda dim: dim + 1 if dim >= 0 else dim, dims)
+    if op is aten.permute.default:
+        shifted["dims"] = [0, *shifted["dims"]]
+    return {**given, **shifted}
+
+
+# what dimensions are called in schemas; the ops that take a whole shape, and what it is called there
+DIMENSIONS = {"dim", "dims", "dim0", "dim1", "start_dim", "end_dim", "dimension"}
+SHAPED = {aten.reshape.default: "shape", aten.view.default: "size"}
+PRODUCTS = {aten.matmul.default, aten.bmm.default, aten.mm.default}
 # ops whose first argument is a batch, and how many dimensions that has with frames in front
 OF_A_BATCH = {aten.linear.default: 3, aten.conv1d.default: 4, aten.conv2d.default: 5, aten.conv3d.default: 6}
 
