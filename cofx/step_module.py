@@ -540,7 +540,10 @@ class StepModule(nn.Module):
         programs = self._programs()
         tensors, about = read_state(path, programs.fingerprint, "torch")
         held = [tensors.pop(k) for k in sorted(tensors) if k.startswith(HELD)]
-        together = about.get("form") == "lanes" and about.get("together")
+        # one whose first output comes earlier without lanes went as lanes, and goes on so
+        together = (
+            about.get("form") == "lanes" and about.get("together") and programs.schedule is programs.plan.schedule
+        )
         went = (programs.to_stream(programs.restore(tensors)), None) if together else self._restored(tensors)
         self._held = tuple(x.to(self.compiled.spec.device) for x in held)
         self._place(*went)

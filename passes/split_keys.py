@@ -3,7 +3,8 @@
 Keys and values of a learned memory, ``add_bias_kv`` and ``add_zero_attn`` of `nn.MultiheadAttention`, and sinks beside
 the scores are joined to what there is for each frame: ``softmax(q @ cat(memory, k)) @ cat(memory_v, v)``. Such a
 dimension has no place in a stream. Here each op on it becomes one op on each of its parts, up to where they are summed:
-the parts of a softmax share their largest score and their sum.
+the parts of a softmax share their largest score and their sum. Where queries are joined likewise, the frames of a
+longer stream attend to themselves, which needs nothing of this.
 """
 
 from __future__ import annotations
@@ -207,14 +208,18 @@ class _Splitting:
             split = _Split(split.axis, tuple(parts))
         return _Split(split.axis, tuple(self._weights(node, split)))
 
-    def _weights(self, like: fx.Node, split: _Split) -> list[fx.Node]:
-        """The parts of a softmax."""
+    def _weights(self, like: fx.Node, split: _Split, fused: bool = False) -> list[fx.Node]:
+        """The parts of a softmax; in fused attention a row in which all is masked is 0, not NaN."""
         over, keep = [split.axis], True
         peaks = [self._call(like, aten.amax.default, p, over, keep) for p in split.parts]
         peak = reduce(lambda a, b: self._call(like, aten.maximum.default, a, b), peaks)
+        if fused:
+            peak = self._call(like, aten.clamp_min.default, peak, torch.finfo(peak.meta["val"].dtype).min)
         powers = [self._call(like, aten.exp.default, self._call(like, aten.sub.Tensor, p, peak)) for p in split.parts]
         sums = [self._call(like, aten.sum.dim_IntList, p, over, keep) for p in powers]
         total = reduce(lambda a, b: self._call(like, aten.add.Tensor, a, b), sums)
+        if fused:  # 1 at least, but for such rows
+            total = self._call(like, aten.clamp_min.default, total, torch.finfo(total.meta["val"].dtype).tiny)
         return [self._call(like, aten.div.Tensor, p, total) for p in powers]
 
     def _product(self, node: fx.Node) -> _Split | fx.Node | None:
@@ -233,11 +238,13 @@ class _Splitting:
             letters = "".join(chr(ord("A") + i) for i in range(max(ranks) - 2))
             terms = [letters[len(letters) - r + 2 :] + e for r, e in zip(ranks, ("ik", "kj"), strict=True)]
             result = letters + "ij"
-        first = next((n for n in nodes if n in self.of), None)
-        if first is None or nodes[0] is nodes[1]:
-            return None
-        split = self.of[first]
-        letter = terms[nodes.index(first)][split.axis]
+        apart = {term[self.of[n].axis] for n, term in zip(nodes, terms, strict=True) if n in self.of}
+        if len(apart) != 1 or nodes[0] is nodes[1]:
+            return None  # queries are in parts as keys are
+        (letter,) = apart
+        if letter not in result and any(n in self.timed and n not in self.of for n in nodes):
+            return None  # weights that are not
+        split = next(self.of[n] for n in nodes if n in self.of)
         added = args["self"] if node.target is aten.baddbmm.default else None
         if added is not None and (letter not in result or not args["beta"] == args["alpha"] == 1):
             return None
@@ -267,6 +274,8 @@ class _Splitting:
         split = self.of.get(key)
         if split is None or split.axis != rank - 2 or args.get("is_causal") or mask is None or args.get("enable_gqa"):
             return None
+        if query in self.of and self.of[query].axis == rank - 2:
+            return None
         if value not in self.of or self.of[value].axis != rank - 2 or self.of[value].lengths != split.lengths:
             return None
         scale = args.get("scale") or 1 / math.sqrt(query.meta["sizes"][0][-1])
@@ -281,7 +290,7 @@ class _Splitting:
                 scores.append(self._call(node, aten.masked_fill.Scalar, score, hidden, -math.inf))
             else:
                 scores.append(self._call(node, aten.add.Tensor, score, masked))
-        weights = self._weights(node, _Split(rank - 1, tuple(scores)))
+        weights = self._weights(node, _Split(rank - 1, tuple(scores)), fused=True)
         products = [
             self._call(node, aten.matmul.default, w, v) for w, v in zip(weights, self.of[value].parts, strict=True)
         ]

@@ -49,8 +49,7 @@ class Batch:
         same: Callable[[Tensor, Tensor], bool] = same,
         offline: bool = False,
     ) -> None:
-        """`offline`: streams are held against the offline net, which is quicker than to run each alone."""
-        self.offline = offline
+        """`offline`: streams are held against the offline net, if it streams: quicker than to run each alone."""
         self.sample, self.lanes, self.rng, self.same = sample, lanes, random.Random(f"{sample.name}{seed}"), same
         model = sample.model()
         example = tuple(sample.inputs(sample.clip_length, seed=9, batch=1))
@@ -59,6 +58,7 @@ class Batch:
             self.alone = cofx.compile(model, example, time_dim=sample.time_dim, **sample.options)
         self.case = Case(sample, self.alone, model)
         self.case.kinds = [o.equivalence for o in self.alone.outputs]  # of a batch of one, which may be another
+        self.offline = offline and set(self.case.kinds) == {"stream"}
         self.splitter = Run(self.case, example)
         self.period = self.alone.compiled.plan.schedule.period
         self.streams: list[Stream] = [self.stream() for _ in range(lanes)]

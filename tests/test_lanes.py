@@ -26,7 +26,9 @@ def no_grad():
 @pytest.mark.parametrize("sample", BATCHED)
 def test_each_lane_is_its_stream_run_alone(sample) -> None:
     batch = Batch(sample, lanes=4, seed=0)
-    batch.run(step_call(copy.deepcopy(batch.alone), sample, batch.period), calls=40)
+    step = copy.deepcopy(batch.alone)
+    step.clean_state()
+    batch.run(step_call(step, sample, batch.period), calls=40)
     assert batch.compared > 10
 
 

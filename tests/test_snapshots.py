@@ -1,5 +1,6 @@
 """Snapshots in files: in a new process, between PyTorch and ONNX Runtime, and what is refused."""
 
+import copy
 import json
 import os
 import pickle
@@ -149,6 +150,22 @@ def test_a_place_where_no_lane_can_stand(tmp_path) -> None:
     torch.testing.assert_close(step.forward_steps(X[:, :, 6:]), expected)
     with pytest.raises(cofx.StateError, match="multiple of 4"):
         OnnxStep(tmp_path / "step.onnx").load_state(tmp_path / "state")
+
+
+def test_lanes_whose_first_output_comes_later_than_without_lanes_stay_lanes(tmp_path) -> None:
+    """A pool that begins in padding gives its first frame before a lane does: the two keep their state differently."""
+    step = cofx.compile(nn.Sequential(nn.ConstantPad1d((4, 0), 0.0), nn.AvgPool1d(2, 1)), X)
+    assert step.compiled.early
+    step.to_onnx(tmp_path / "step.onnx")
+    file, twin, x = OnnxStep(tmp_path / "step.onnx"), copy.deepcopy(step), X[:2]
+    twin.forward_steps(x[:, :, :3], ready=[True, True])
+    file.forward_steps(x[:, :, :3].numpy())
+    file.save_state(tmp_path / "state")
+    step.load_state(tmp_path / "state")
+    for t in range(3, 8):
+        (y, valid), (wanted, there) = (s.forward_step(x[:, :, t], ready=[True, t % 2 == 0]) for s in (step, twin))
+        assert torch.equal(valid, there) and valid.any()
+        torch.testing.assert_close(y.mT[valid], wanted.mT[there])
 
 
 def test_inputs_without_time_are_kept_for_the_flush(tmp_path) -> None:

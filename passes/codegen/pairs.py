@@ -183,9 +183,11 @@ class Evaluator(Builder):
         if not result.dtype.is_floating_point:
             raise NonLocal("which frames attend to which depends on the data")
         if target in (aten.softmax.int, aten._softmax.default):
+            if bool((args[0] <= MASKED).all(args[1], keepdim=True).any()):
+                raise NonLocal("a query reads no key at all")  # which gives NaN, other than in fused attention
             return torch.where(args[0] <= MASKED, 0.0, torch.nan).to(result.dtype)
         if target is aten.baddbmm.default:
-            return torch.where(args[0] <= MASKED, -torch.inf, result)
+            return torch.where(args[0] <= MASKED, args[0], result)
         if target in _PRODUCTS:
             return torch.where(_nothing(target, args), 0.0, result)
         if torch.Tag.pointwise in target.tags:
@@ -219,9 +221,9 @@ def _absorbed(target: Any, args: tuple[Any, ...], result: torch.Tensor) -> torch
     left, right = (torch.as_tensor(x, device=result.device) for x in args[:2])
     kind = _ABSORBING[target]
     if kind == "add":
-        return torch.where((left <= MASKED) | (right <= MASKED), -torch.inf, result)
+        return torch.where((left <= MASKED) | (right <= MASKED), torch.fmin(left, right), result)
     if kind == "sub":
-        return torch.where((left <= MASKED) | (right >= -MASKED), -torch.inf, result)
+        return torch.where((left <= MASKED) | (right >= -MASKED), torch.fmin(left, -right), result)
     return torch.where((left == 0) | ((right == 0) & (kind == "mul")), 0.0, result)
 
 
@@ -239,12 +241,14 @@ class Reach:
         back: None for all that came before.
         alike: the values among those that it was found from which depend on the distance alone.
         limit: entries of the smallest table that is read, if any.
+        nothing: whether there are queries that read no key.
     """
 
     back: int | None
     ahead: int
     alike: frozenset[Value] = frozenset()
     limit: int | None = None
+    nothing: bool = False
 
 
 FAR, ROWS, AHEAD = 4096, 64, 128
@@ -257,7 +261,7 @@ def find_reach(evaluator: Evaluator, weights: Value, scores: bool = False) -> Re
     `scores`: they are added to scores before a softmax (or say where there is any).
 
     Raises:
-        NonLocal: a query reads keys at the end of the clip, or none.
+        NonLocal: a query reads keys at the end of the clip, or no query reads any.
     """
     parts = parts_of(weights)
     limit = min((op.limit for v in parts for op in tables_of(v) if op.limit is not None), default=None)
@@ -273,16 +277,18 @@ def find_reach(evaluator: Evaluator, weights: Value, scores: bool = False) -> Re
         blocks += [(range(at - 1, at + ROWS), at + ROWS + AHEAD) for at in range(start, start + PERIOD, ROWS)]
     alike = {v for v in still if _by_distance(evaluator, v, limit)}
     back = ahead = 0
-    unbounded = False
+    unbounded = nothing = False
     for rows, stop in blocks:
         scope = Scope(rows, range(stop if limit is None else min(stop, limit)))
         stop = scope.columns.stop
-        found = _weighed(evaluator, weights, scope, scores)
-        if not bool(found.any(1).all()):
-            raise NonLocal("a query reads no key at all")
-        at = torch.arange(rows.start, rows.stop)
-        first = found.int().argmax(1).cpu()
-        last = stop - 1 - found.flip(1).int().argmax(1).cpu()
+        found = _weighed(evaluator, weights, scope, scores).cpu()
+        reads = found.any(1)
+        nothing = nothing or not bool(reads.all())
+        if not bool(reads.any()):
+            raise NonLocal("queries read no key at all")
+        found, at = found[reads], torch.arange(rows.start, rows.stop)[reads]
+        first = found.int().argmax(1)
+        last = stop - 1 - found.flip(1).int().argmax(1)
         ahead = max(ahead, int((last - at).max()))
         back = max(back, int((at - first).max()))
         if rows.start or stop == limit:  # of the first rows all that came before is near
@@ -293,7 +299,7 @@ def find_reach(evaluator: Evaluator, weights: Value, scores: bool = False) -> Re
             alike = {v for v in alike if _along_diagonals(evaluate(evaluator, v, scope), v)}
     if len(alike) < len(still) and periodic and back >= PERIOD:
         unbounded = True  # its period may be longer than what was looked at
-    return Reach(None if unbounded else back, ahead, frozenset(alike), limit)
+    return Reach(None if unbounded else back, ahead, frozenset(alike), limit, nothing)
 
 
 def alike(evaluator: Evaluator, value: Value, limit: int | None) -> frozenset[Value]:
@@ -342,12 +348,18 @@ def _along_diagonals(found: torch.Tensor, value: Value) -> bool:
 
 
 def _weighed(evaluator: Evaluator, weights: Value, scope: Scope, scores: bool) -> torch.Tensor:
-    """Which entries can have weight: bool, rows x columns."""
-    found = evaluate(evaluator, weights, scope)
-    if found.dtype != torch.bool:
-        found = ~(found <= MASKED) if scores else found != 0
+    """Which entries can have weight: bool, rows x columns.
+
+    Raises:
+        NonLocal: `scores` of a query are low and alike, so that each has weight.
+    """
     layout = weights.layout
-    last: torch.Tensor = found.movedim((layout.time, layout.key), (-2, -1))
+    last: torch.Tensor = evaluate(evaluator, weights, scope).movedim((layout.time, layout.key), (-2, -1))
+    if last.dtype != torch.bool:
+        lowest = last.amax(-1)
+        if scores and bool(((lowest <= MASKED) & (lowest != -torch.inf)).any()):
+            raise NonLocal("a query reads all keys alike, since all are masked by a finite number")
+        last = ~(last <= MASKED) if scores else last != 0
     rows, columns = len(scope.rows), len(scope.columns)
     return last.expand(*last.shape[:-2], rows, columns).reshape(-1, rows, columns).any(0)
 

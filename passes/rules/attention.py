@@ -78,7 +78,11 @@ def attention_over_time(call: Call) -> Fact:
         elif exists is not None and mask is not None:
             pairs = b.aten("where.self", exists, pairs, b.like(torch.finfo(mask.dtype).min, pairs))
         bound = dict(call.samples[0]) | {"attn_mask": pairs, "is_causal": False, "dropout_p": 0.0} | at
-        return b.call(op, [], **bound)
+        found = b.call(op, [], **bound)
+        if mask is None or not reach.nothing:
+            return found
+        reads = pairs if mask.dtype == torch.bool else b.aten("gt.Scalar", pairs, torch.finfo(mask.dtype).min)
+        return b.aten("where.ScalarOther", b.aten("any.dim", reads, -1, True), found, 0)
 
     return summed_up(call, layout, mask, [(query, False), (key, True), (value, True)], lower, reach)
 

@@ -422,7 +422,42 @@ MASKS_OF_MEMORY = {
     "triangle": lambda t: torch.full((t, t + 3), -torch.inf).triu(4),
     "positions": lambda t: torch.arange(t + 3) > torch.arange(t)[:, None] + 3,
     "band": lambda t: F.pad(later(t) | torch.ones(t, t, dtype=torch.bool).tril(-4), (3, 0)),
+    "hidden": lambda t: F.pad(torch.ones(t, t, dtype=torch.bool).triu(), (3, 0), value=1),  # the first frame sees none
 }
+
+
+class ToThePastAlone(Heads):
+    """Frames do not see themselves, so that the first sees nothing: fused attention gives zeros there."""
+
+    def __init__(self, tokens: bool = False, lowest: float | None = None) -> None:
+        super().__init__()
+        self.tokens, self.lowest = parameter(1, 2, 3, 2) if tokens else None, lowest
+
+    def attend(self, q, k, v):
+        mask = torch.ones(q.shape[2], q.shape[2], dtype=torch.bool).tril(-1)
+        if self.lowest is not None:
+            mask = torch.where(mask, 0.0, self.lowest)
+        if self.tokens is not None:
+            k, v = (torch.cat([self.tokens.expand(len(q), -1, -1, -1), x], 2) for x in (k, v))
+            mask = F.pad(mask, (3, 0), value=1)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+
+
+class BehindAToken(Heads):
+    """Queries and keys alike begin with an entry of their own: one longer stream attends to itself."""
+
+    def __init__(self, fused: bool) -> None:
+        super().__init__()
+        self.fused, self.token = fused, parameter(1, 2, 1, 2)
+
+    def attend(self, q, k, v):
+        if self.fused:
+            q, k, v = (F.pad(x, (0, 0, 1, 0)) for x in (q, k, v))
+            y = F.scaled_dot_product_attention(q, k, v, attn_mask=~later(q.shape[2]))
+        else:
+            q, k, v = (torch.cat([self.token.expand(len(x), -1, -1, -1), x], 2) for x in (q, k, v))
+            y = (q @ k.mT / 2).masked_fill(later(q.shape[2]), -torch.inf).softmax(-1) @ v
+        return y[:, :, 1:]
 
 
 class SinkScores(Heads):
@@ -452,6 +487,13 @@ SAMPLES = [
         attention(f"to_memory_too_{name}", lambda m=mask: ToMemoryToo(m), unbounded=name != "band")
         for name, mask in MASKS_OF_MEMORY.items()
     ),
+    attention("to_the_past_alone", ToThePastAlone),
+    attention("to_the_past_alone_added", lambda: ToThePastAlone(lowest=-torch.inf)),
+    attention("to_the_past_alone_or_tokens", lambda: ToThePastAlone(tokens=True)),
+    # where all keys have the same low score the first frame reads them all
+    Sample("attention_to_the_past_or_all", lambda: ToThePastAlone(lowest=-1e30), (2, 9, 4), 1, kind="clip"),
+    attention("of_a_token_and_frames", lambda: BehindAToken(fused=False)),
+    attention("of_padded_frames", lambda: BehindAToken(fused=True)),
     attention("sink_scores", SinkScores),
     attention("bias_kv", lambda: Beside(False, add_bias_kv=True)),
     attention("zero_attn", lambda: Beside(False, add_zero_attn=True)),
