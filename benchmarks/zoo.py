@@ -173,7 +173,8 @@ def main() -> None:
         import_package(entry)
         row = (measure(entry) if arguments.here else run(entry, arguments.limit)) | {"built": build()}
         for folder in (arguments.packages, Path(torch.__file__).parent.parent):  # (sources are told from there)
-            row["why"] = row.get("why", "").replace(f"{str(folder).rstrip('/')}/", "")
+            for told in (str(folder).rstrip("/"), os.path.relpath(folder)) if folder else ():
+                row["why"] = row.get("why", "").replace(f"{told}/", "")
         rows.append(row)
         print(line(row), flush=True)
         if arguments.here and "trace" in row:
