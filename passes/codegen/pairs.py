@@ -183,9 +183,9 @@ class Evaluator(Builder):
         if not result.dtype.is_floating_point:
             raise NonLocal("which frames attend to which depends on the data")
         if target in (aten.softmax.int, aten._softmax.default):
-            if bool((args[0] <= MASKED).all(args[1], keepdim=True).any()):
-                raise NonLocal("a query reads no key at all")  # which gives NaN, other than in fused attention
-            return torch.where(args[0] <= MASKED, 0.0, torch.nan).to(result.dtype)
+            low = args[0] <= MASKED
+            nothing = low & ~low.all(args[1], keepdim=True)  # where all are, they are alike, or all NaN
+            return torch.where(nothing, 0.0, torch.nan).to(result.dtype)
         if target is aten.baddbmm.default:
             return torch.where(args[0] <= MASKED, args[0], result)
         if target in _PRODUCTS:
@@ -281,9 +281,10 @@ def find_reach(evaluator: Evaluator, weights: Value, scores: bool = False) -> Re
     for rows, stop in blocks:
         scope = Scope(rows, range(stop if limit is None else min(stop, limit)))
         stop = scope.columns.stop
-        found = _weighed(evaluator, weights, scope, scores).cpu()
+        each = _weighed(evaluator, weights, scope, scores).cpu()
+        nothing = nothing or not bool(each.any(2).all())
+        found = each.any(0)
         reads = found.any(1)
-        nothing = nothing or not bool(reads.all())
         if not bool(reads.any()):
             raise NonLocal("queries read no key at all")
         found, at = found[reads], torch.arange(rows.start, rows.stop)[reads]
@@ -348,7 +349,7 @@ def _along_diagonals(found: torch.Tensor, value: Value) -> bool:
 
 
 def _weighed(evaluator: Evaluator, weights: Value, scope: Scope, scores: bool) -> torch.Tensor:
-    """Which entries can have weight: bool, rows x columns.
+    """Which entries can have weight: bool, others (heads) x rows x columns.
 
     Raises:
         NonLocal: `scores` of a query are low and alike, so that each has weight.
@@ -361,7 +362,7 @@ def _weighed(evaluator: Evaluator, weights: Value, scope: Scope, scores: bool) -
             raise NonLocal("a query reads all keys alike, since all are masked by a finite number")
         last = ~(last <= MASKED) if scores else last != 0
     rows, columns = len(scope.rows), len(scope.columns)
-    return last.expand(*last.shape[:-2], rows, columns).reshape(-1, rows, columns).any(0)
+    return last.expand(*last.shape[:-2], rows, columns).reshape(-1, rows, columns)
 
 
 def parts_of(value: Value) -> set[Value]:
