@@ -20,6 +20,7 @@ of a step take alone, on inputs that lie ready (`limit.py`).
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib
 import importlib.metadata
 import importlib.util
@@ -174,7 +175,7 @@ def measure(
     variants = cofx_variants(load, cofx, clip, row, backends, chunks)
     period = row["period"]
     if before is not None:
-        old = cofx_variants(load, before, clip, {}, ["eager"], [])
+        old = cofx_variants(load, before, clip, {"batch": batch}, ["eager"], [])
         variants |= {f"{name} before": variant for name, variant in old.items()}
     if load.continual is not None:
         try:
@@ -311,7 +312,10 @@ def main() -> None:
             mine = {(r["workload"], str(r["clip"])) for r in rows}
             kept = [r for r in json.loads(output.read_text())["rows"] if (r["workload"], str(r["clip"])) not in mine]
             rows = sorted(kept + rows, key=lambda r: (r["workload"], r["clip"]))
-        versions = {n: importlib.metadata.version(n) for n in ("torch", "onnxruntime", "continual-inference", "tract")}
+        versions = {}
+        for name in ("torch", "onnxruntime", "continual-inference", "tract"):
+            with contextlib.suppress(importlib.metadata.PackageNotFoundError):  # which its column says
+                versions[name] = importlib.metadata.version(name)
         about = {**versions, "machine": platform.machine(), "cpu": cofx.backends.processor(), "threads": 1}
         output.write_text(json.dumps({"about": about, "rows": rows}, indent=1) + "\n")
         text = ", ".join(f"{k} {v}" for k, v in about.items())
