@@ -74,5 +74,5 @@ def check_state_size(case: Case, steps: int = 40) -> None:
         run.forward_step()
         require(sizes() == first, f"the state is {sizes()} after step {run.position}, {first} after the first")
         longest = max([0, *(size for tensor in case.step.get_state().values() for size in tensor.shape)])
-        room = max(20, 1.5 * run.position)
+        room = max(16, 1.5 * run.position) + case.sample.before
         require(not grows or longest <= room, f"the state holds {longest} frames after step {run.position}")

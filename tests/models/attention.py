@@ -492,8 +492,8 @@ SAMPLES = [
     attention("to_the_past_alone_or_tokens", lambda: ToThePastAlone(tokens=True)),
     # where all keys have the same low score the first frame reads them all
     Sample("attention_to_the_past_or_all", lambda: ToThePastAlone(lowest=-1e30), (2, 9, 4), 1, kind="clip"),
-    attention("of_a_token_and_frames", lambda: BehindAToken(fused=False)),
-    attention("of_padded_frames", lambda: BehindAToken(fused=True)),
+    attention("of_a_token_and_frames", lambda: BehindAToken(fused=False), before=1),
+    attention("of_padded_frames", lambda: BehindAToken(fused=True), before=1),
     attention("sink_scores", SinkScores),
     attention("bias_kv", lambda: Beside(False, add_bias_kv=True)),
     attention("zero_attn", lambda: Beside(False, add_zero_attn=True)),

@@ -49,6 +49,8 @@ class Sample:
     """Steps by which outputs may come later than the earliest possible, for the sake of a periodic schedule."""
     grows: bool = False
     """Everything that came before is kept: the state grows with the stream, by a half at a time."""
+    before: int = 0
+    """Entries of its own that the net puts before the frames, and keeps with them."""
     options: Mapping[str, Any] = field(default_factory=dict)
     """Further arguments for ``cofx.compile``."""
 
