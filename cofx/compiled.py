@@ -15,6 +15,7 @@ from torch.utils import _pytree as pytree
 
 from .inputs import InputSpec
 from .mid_stream import MidStream
+from .opaque import Pace, as_it_is, handle, pace_of
 from .passes.capture import untraced
 from .passes.changes import version
 from .passes.codegen.graph_module import generate
@@ -42,6 +43,8 @@ class Compiled:
     def __init__(self, model: nn.Module, plan: Plan, batch: int, backend: str = "eager") -> None:
         """`backend`: of the steps in mid-stream."""
         self.model, self.plan, self.batch = model, plan, batch
+        self.handle = handle(self)
+        self._paces: dict[tuple[int, bool], list[Pace]] = {}
         self.open_batch = plan.capture.symbolic_batch or all(b is None for b in plan.clock.batch_dims)
         self.specs = state_specs(plan.schedule)
         self.grows = bool(plan.schedule.growing)
@@ -184,6 +187,7 @@ class Compiled:
         """Whether what depends on parameters alone may be a constant: nobody asks for their gradients."""
         return not torch.is_grad_enabled() or not any(p.requires_grad for p in self._parameters)
 
+    @as_it_is
     def advance(
         self, state: StreamState, inputs: Sequence[torch.Tensor], ticks: int, length: int | None, frames: bool
     ) -> tuple[list[list[torch.Tensor]], StreamState]:
@@ -233,6 +237,12 @@ class Compiled:
             idle = first - 1 - count
             ticks = min(ticks, idle if idle > 0 else several)
         return ticks
+
+    def paces(self, ticks: int, end: bool) -> list[Pace]:
+        """How many frames of each output are due in calls of so many ticks, or with the stream's end after them."""
+        if (ticks, end) not in self._paces:
+            self._paces[ticks, end] = [pace_of(self, leaf, ticks, end) for leaf in self.plan.outputs]
+        return self._paces[ticks, end]
 
     def idle(self, ticks: int) -> bool:
         """Whether within so many ticks no clip is due, so that the programs up to there need not evaluate any."""
@@ -287,6 +297,7 @@ class Compiled:
             return tensor
         return tensor.narrow(leaf.value.layout.time, low - start, high - low)
 
+    @as_it_is
     def flush(self, state: StreamState, templates: Sequence[torch.Tensor]) -> list[list[torch.Tensor]]:
         """What is still due if the stream ends here: frames of each output leaf."""
         schedule = self.plan.schedule

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from math import gcd
 from typing import Any
 
@@ -90,6 +89,7 @@ class InputSpec:
         dtypes, device: of the inputs; the device is that of the parameters.
         times, batches: their time and batch dimensions.
         frames: frames of each per tick.
+        has_untimed: whether some input has no time axis.
     """
 
     names: tuple[str, ...]
@@ -99,6 +99,7 @@ class InputSpec:
     times: tuple[int | None, ...]
     batches: tuple[int | None, ...]
     frames: tuple[int, ...]
+    has_untimed: bool
 
     @classmethod
     def of(cls, plan: Plan) -> InputSpec:
@@ -113,6 +114,7 @@ class InputSpec:
             plan.clock.time_dims,
             plan.clock.batch_dims,
             plan.clock.frames,
+            None in plan.clock.time_dims,
         )
 
     def _axes(self, i: int, frames: bool) -> tuple[int | None, int | None]:
@@ -129,7 +131,7 @@ class InputSpec:
                 return None
             _, b = self._axes(i, frames)
             if b is not None and isinstance(x, torch.Tensor) and x.dim() > b:
-                return int(x.shape[b])
+                return x.shape[b]
         return None
 
     def ticks(self, chunks: Sequence[torch.Tensor]) -> int:
@@ -181,11 +183,6 @@ class InputSpec:
             t = self.times[i]
             out.append(x.select(t, 0) if t is not None and self.frames[i] == 1 else x)
         return out
-
-    @cached_property
-    def has_untimed(self) -> bool:
-        """Whether some input has no time axis."""
-        return None in self.times
 
     def untimed(self, inputs: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
         """Copies of the inputs that have no time axis."""

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from fractions import Fraction
-from functools import cached_property
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from torch.utils import _pytree as pytree
 
 from . import __version__
 from .compiled import Compiled
+from .opaque import Look, as_it_is, handle
 from .passes.codegen.key import FOREVER
 from .passes.codegen.lane_states import (
     POSITION,
@@ -50,6 +51,9 @@ class Lanes:
         self.programs: dict[tuple[int, bool, bool, int], LaneProgram] = {}
         self.grows = bool(self.schedule.growing)
         self.ends: set[int] = set()  # lengths at which a stream may end
+        self.rooms: dict[int, list[StateSpec]] = {}
+        self.handle = handle(self)
+        self.looks: dict[tuple[int, bool], list[Look]] = {}  # of results, for `torch.compile`
         self.tails: dict[int, int] = {}  # for ticks per call, those that a stream may take after its end
 
     def program(self, ticks: int, frames: bool, capacity: int = 0) -> LaneProgram:
@@ -69,24 +73,31 @@ class Lanes:
 
     def specs_for(self, state: LaneState) -> list[StateSpec]:
         """What is kept of these lanes."""
-        return lane_state_specs(self.schedule, state.capacity) if self.grows else self.specs
+        return self._specs_at(state.capacity) if self.grows else self.specs
+
+    def _specs_at(self, capacity: int) -> list[StateSpec]:
+        """What is kept where there is room for so many ticks."""
+        if capacity not in self.rooms:
+            self.rooms[capacity] = lane_state_specs(self.schedule, capacity)
+        return self.rooms[capacity]
 
     def fresh(self, lanes: int, capacity: int = 0) -> LaneState:
         """Lanes of which none has begun, with room for so many ticks where all of a stream is kept."""
         capacity = max(capacity, self.compiled.capacity(0))
-        return LaneState(fresh(lane_state_specs(self.schedule, capacity), lanes, self.spec.device), capacity)
+        return LaneState(fresh(self._specs_at(capacity), lanes, self.spec.device), capacity)
 
     def grown(self, state: LaneState, capacity: int) -> LaneState:
         """Lanes with room for so many ticks at least, where all of a stream is kept."""
         if capacity <= state.capacity:
             return state
-        return LaneState(grow(state.tensors, lane_state_specs(self.schedule, capacity)), capacity)
+        return LaneState(grow(state.tensors, self._specs_at(capacity)), capacity)
 
     def put(self, state: LaneState, other: LaneState, lanes: Any) -> LaneState:
         """The state with some lanes replaced by those of another."""
         capacity = max(state.capacity, other.capacity)
         return put_lanes(self.grown(state, capacity), self.grown(other, capacity), lanes)
 
+    @as_it_is
     def call(
         self, state: LaneState, inputs: Sequence[torch.Tensor], frames: bool, controls: Mapping[str, Any]
     ) -> tuple[Any, Any, LaneState]:
@@ -104,45 +115,105 @@ class Lanes:
                 f"each. Call forward_steps with {s} frames, or a multiple"
             )
         start, ready, length = self._controls(controls, state.lanes)
-        if controls.get("length") is not None:
-            self._ends_as_traced(state, start, ready, length)
+        self.check(state.tensors[0], ticks, start, ready, length, controls.get("length") is not None)
+        results, valid, after = self.advance(state, inputs, frames, start, ready, length)
+        y = self.compiled.pack(list(results), stacked=not frames)
+        return y, pytree.tree_unflatten(list(valid), self.plan.out_spec), after
+
+    def check(
+        self,
+        position: torch.Tensor,
+        ticks: int,
+        start: torch.Tensor,
+        ready: torch.Tensor,
+        length: torch.Tensor,
+        told: bool,
+    ) -> None:
+        """Raise if the model would do otherwise for a lane than where it was traced, by its length or at its end.
+
+        `told`: an end may have been told with this call.
+        """
+        if told:
+            self._ends_as_traced(position, start, ready, length)
         if self.compiled.tables or self.plan.limit is not None:
-            self._within_tables(state, ticks, start, ready, length)
-        capacity = self._capacity(state, ticks, start, ready, length) if self.grows else 0
+            self._within_tables(position, ticks, start, ready, length)
+
+    def advance(
+        self,
+        state: LaneState,
+        inputs: Sequence[torch.Tensor],
+        frames: bool,
+        start: torch.Tensor,
+        ready: torch.Tensor,
+        length: torch.Tensor,
+    ) -> tuple[Sequence[torch.Tensor], Sequence[torch.Tensor], LaneState]:
+        """The output leaves, which of their frames exist, and the state after."""
+        ticks = 1 if frames else self.spec.ticks(inputs)
+        capacity = 0
         if self.grows:
+            capacity = self._capacity(state, ticks, start, ready, length)
             state = self.grown(state, capacity)
         program = self.program(ticks, frames, capacity)
         given = [x.unsqueeze(0) for x in inputs] if self.batchless else list(inputs)
         results, valid, tensors = program.run(*given, start, ready, length, *state.tensors)
-        leaves = []
-        for leaf, out, tensor in zip(self.plan.outputs, program.outputs, results, strict=True):
-            leaves.append(tensor.squeeze(0) if self.batchless and out.batch is not None and leaf.value else tensor)
-        y = self.compiled.pack(leaves, stacked=not frames)
-        return y, pytree.tree_unflatten(list(valid), self.plan.out_spec), LaneState(tuple(tensors), capacity)
+        if self.batchless:
+            results = [
+                x if leaf.value is None or out.batch is None else x.squeeze(0)
+                for x, leaf, out in zip(results, self.plan.outputs, program.outputs, strict=True)
+            ]
+        return results, valid, LaneState(tuple(tensors), capacity)
+
+    def prepare(self, ticks: int, frames: bool) -> bool:
+        """Make what `torch.compile` needs to trace calls of so many ticks, and tell whether it can."""
+        if torch.is_grad_enabled() and any(p.requires_grad for p in self.compiled.model.parameters()):
+            return False
+        self.program(ticks, frames)
+        self.fresh(1)
+        if self.whole and (ticks, frames) not in self.looks:
+            self.looks[ticks, frames] = self._look(ticks, frames)
+        return True
+
+    @property
+    def whole(self) -> bool:
+        """Whether `torch.compile` has to take calls as they are: what is kept grows, or lanes are put in front."""
+        return self.grows or self.batchless
+
+    def _look(self, ticks: int, frames: bool) -> list[Look]:
+        """What results and their masks look like: dtype, and for each dimension its size per lane and besides.
+
+        Found by a call of two lanes and one of three.
+        """
+        found = []
+        with torch.no_grad():
+            for lanes in (1, 1) if self.batchless else (2, 3):
+                blank = self._blank(ticks, lanes)
+                inputs = self.spec.frame(blank) if frames else blank
+                results, valid, _ = self.advance(self.fresh(lanes), inputs, frames, *self._controls({}, lanes))
+                found.append([*results, *valid])
+        looks = []
+        for a, b in zip(*found, strict=True):
+            each = [n - m for m, n in zip(a.shape, b.shape, strict=True)]
+            looks.append((a.dtype, [(k, m - 2 * k) for k, m in zip(each, a.shape, strict=True)]))
+        return looks
 
     def traced_call(
-        self, state: LaneState, inputs: Sequence[torch.Tensor], frames: bool, start: Any, ready: Any
-    ) -> tuple[Any, Any, LaneState] | None:
-        """`call` as `torch.compile` traces it; None where it has to run as it is: before the first such call, where an
-        end or a limit has to be looked at, or where masks are no tensors."""
-        ticks = 1 if frames else self.spec.ticks(inputs)
-        program = self.programs.get((ticks, frames, not torch.is_grad_enabled(), 0))
-        if program is None or self.grows or self.compiled.tables or self.plan.limit is not None or self.batchless:
-            return None
-        shape, device = (state.lanes,), self.spec.device
-        masks = []
-        for mask, default in ((start, False), (ready, True)):
-            if mask is None:
-                masks.append(torch.full((state.lanes, 1), default, device=device))
-            elif not isinstance(mask, torch.Tensor) or mask.dtype is not torch.bool or tuple(mask.shape) != shape:
-                return None
-            else:
-                masks.append(mask.unsqueeze(1))
+        self, state: LaneState, inputs: Sequence[torch.Tensor], ticks: int, frames: bool, controls: Mapping[str, Any]
+    ) -> tuple[Any, Any, LaneState]:
+        """`call` as `torch.compile` traces it, once `prepare` has been called."""
+        start, ready, length = self._controls(controls, state.lanes)
         self.spec.check(inputs, ticks, state.lanes, frames)
-        length = torch.full((state.lanes, 1), -1, dtype=torch.int64, device=device)
-        results, valid, tensors = program.run(*inputs, *masks, length, *state.tensors)
+        told = controls.get("length") is not None
+        if self.whole:
+            arguments = list(inputs), start, ready, length, list(state.tensors), state.capacity
+            made = torch.ops.cofx.advance_lanes(self.handle, frames, told, *arguments)
+            n = len(self.plan.outputs)
+            results, valid, after = made[:n], made[n : 2 * n], LaneState(tuple(made[2 * n : -1]), made[-1].shape[0])
+        else:
+            if told or self.compiled.tables or self.plan.limit is not None:
+                length = torch.ops.cofx.check_lanes(self.handle, ticks, told, state.tensors[0], start, ready, length)
+            results, valid, after = self.advance(state, inputs, frames, start, ready, length)
         y = self.compiled.pack(list(results), stacked=not frames)
-        return y, pytree.tree_unflatten(list(valid), self.plan.out_spec), LaneState(tuple(tensors), 0)
+        return y, pytree.tree_unflatten(list(valid), self.plan.out_spec), after
 
     def _controls(self, given: Mapping[str, Any], lanes: int) -> list[torch.Tensor]:
         """start, ready and length, each of shape (lanes, 1)."""
@@ -176,9 +247,11 @@ class Lanes:
         most = int(torch.where(ready, wanted, 0).max())
         return max(state.capacity, self.compiled.capacity(most))
 
-    def _ends_as_traced(self, state: LaneState, start: torch.Tensor, ready: torch.Tensor, length: torch.Tensor) -> None:
+    def _ends_as_traced(
+        self, position: torch.Tensor, start: torch.Tensor, ready: torch.Tensor, length: torch.Tensor
+    ) -> None:
         """Raise if a lane is told to end where the model, run offline, does otherwise than where it was traced."""
-        before = torch.where(start, 0, state.tensors[0])
+        before = torch.where(start, 0, position)
         told = ready & (length >= 0) & (before[:, 1:] == 0)
         for lane in told[:, 0].nonzero()[:, 0].tolist():
             end = max(int(length[lane]), int(before[lane, 0]))
@@ -191,11 +264,11 @@ class Lanes:
             self.ends.add(end)
 
     def _within_tables(
-        self, state: LaneState, ticks: int, start: torch.Tensor, ready: torch.Tensor, length: torch.Tensor
+        self, position: torch.Tensor, ticks: int, start: torch.Tensor, ready: torch.Tensor, length: torch.Tensor
     ) -> None:
         """Raise before a table of positions runs out for any lane, or the model would do otherwise than where it was
         traced."""
-        before = torch.where(start, 0, state.tensors[0]).tolist()
+        before = torch.where(start, 0, position).tolist()
         for lane, ((count, end), (go,), (told,)) in enumerate(
             zip(before, ready.tolist(), length.tolist(), strict=True)
         ):
@@ -247,26 +320,27 @@ class Lanes:
             dtype = str(spec.dtypes[i]).removeprefix("torch.")
             inputs.append(LaneAxes(spec.names[i], shape, dtype, batch, time, 0 if time is None else spec.frames[i]))
 
-        def blank(lanes: int) -> list[torch.Tensor]:
-            out = []
-            for sizes, dtype, batch in zip(spec.sizes(ticks), spec.dtypes, spec.batches, strict=True):
-                shape = [lanes if d == batch else s for d, s in enumerate(sizes)]
-                out.append(torch.zeros(shape, dtype=dtype, device=spec.device))
-            return out
-
         outputs = [model_axes(self.plan, i, out) for i, out in enumerate(program.outputs)]
         return LaneLayout(
             ticks,
             inputs,
             outputs,
             program.flush_calls,
-            blank,
+            functools.partial(self._blank, ticks),
             torch.no_grad()(call),
             torch.Tensor,
             torch.clone,
             place,
             mark,
         )
+
+    def _blank(self, ticks: int, lanes: int) -> list[torch.Tensor]:
+        """Inputs of zeros."""
+        out = []
+        for sizes, dtype, batch in zip(self.spec.sizes(ticks), self.spec.dtypes, self.spec.batches, strict=True):
+            shape = [lanes if d == batch else s for d, s in enumerate(sizes)]
+            out.append(torch.zeros(shape, dtype=dtype, device=self.spec.device))
+        return out
 
     # -- states ------------------------------------------------------------------------------------------------------
 
@@ -315,7 +389,7 @@ class Lanes:
             tensors.append(plain.contiguous())
         return StreamState(count, tuple(tensors), None if self.batchless else state.lanes)
 
-    @cached_property
+    @functools.cached_property
     def fingerprint(self) -> str:
         """What a state depends on: the ops, the parameters, and what is kept."""
         digest = hashlib.sha256()

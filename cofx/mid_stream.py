@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from .backends import fastest, installed, measures, question, remember, remembered
+from .opaque import fits
 from .passes.codegen.c import compile_native
 from .passes.codegen.inductor import compile_inductor
 from .passes.codegen.key import FOREVER, Key
@@ -61,6 +62,8 @@ class MidStream:
         if gradients and not compiled.folded():
             return None
         traced = torch.compiler.is_dynamo_compiling()  # its own kernels fit with histories that are whole
+        if traced and not fits(compiled.handle):
+            return None
         if not traced:
             compiled.notice()
         gradients = gradients and (any(x.requires_grad for x in frames) or state.requires_grad)
@@ -90,6 +93,8 @@ class MidStream:
         assert kept is not None
         outputs, after = run(*frames, *kept)
         out = self._packed(outputs)
+        if traced:  # a graph for each phase, not for each order in memory as well
+            after = tuple(x.contiguous() for x in after)
         if by_frame:
             return out, StreamState(count + 1, None, batch, after, compiled.specs)
         return out, StreamState(count + 1, after, batch)
@@ -125,6 +130,12 @@ class MidStream:
                 if y is not None:
                     part.append(y.unsqueeze(leaf.value.layout.time) if leaf.value is not None and leaf.single else y)
         return parts, self._resident(state, ticks, here)
+
+    def make_traced(self) -> None:
+        """Make the programs that `torch.compile` traces: those that are made while it looks on it compiles anew."""
+        if not torch.is_grad_enabled():
+            for phase in range(self._period):
+                self.program(phase, apart=not self.compiled.large_frames)
 
     def _resident(self, state: StreamState, ticks: int, here: Resident) -> StreamState:
         """A stream so many ticks on, in the buffers of a backend."""

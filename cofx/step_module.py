@@ -12,11 +12,13 @@ from typing import Any
 import torch
 from torch import nn
 
+from . import traced_calls
 from .call_modes import call_mode, current_mode, known_mode
 from .compiled import Compiled
 from .exporting import export, export_quantized
 from .inputs import make_clock
 from .lanes import POSITION, Lanes, lanes_of
+from .opaque import as_it_is, handle
 from .options import Options, whole
 from .output_info import OutputInfo
 from .passes.codegen.key import Key
@@ -104,6 +106,7 @@ class StepModule(nn.Module):
         self._lane_programs: Lanes | None = None
         self._held: tuple[torch.Tensor, ...] = ()  # the last call's inputs without time, for `flush`
         self._running = False  # within a call
+        self._handle = handle(self)
 
     # -- tracing -----------------------------------------------------------------------------------------------------
 
@@ -165,6 +168,7 @@ class StepModule(nn.Module):
             raise untraced_yet()
         return self._compiled
 
+    @as_it_is
     def _ready(self, inputs: tuple[torch.Tensor, ...], frames: bool, lanes: bool = False) -> Compiled:
         """The compiled model for these inputs; traces it if that was not done yet.
 
@@ -227,7 +231,8 @@ class StepModule(nn.Module):
             lane, shape (batch,) or (batch, frames) for an output with time axis, whether `y` holds a frame.
         """
         if torch.compiler.is_dynamo_compiling():
-            return self._traced_step(frames, update_state, start=start, ready=ready, length=length)
+            controls = {"start": start, "ready": ready, "length": length}
+            return traced_calls.forward_step(self, frames, update_state, controls)
         here = self.__dict__  # as in `alone`, which would cost a call more
         if here["_running"]:
             raise in_use()
@@ -253,54 +258,9 @@ class StepModule(nn.Module):
         finally:
             here["_running"] = False
 
-    def _traced_step(self, frames: tuple[torch.Tensor, ...], update_state: bool, **lanes: Any) -> Any:
-        """A step within `torch.compile`: in mid-stream it is traced, else it runs as it is, after a graph break."""
-        took = self._traced_lanes(frames, True, update_state, **lanes)
-        if took is not None:
-            return took
-        if self._compiled is not None and all(v is None for v in lanes.values()):
-            # the count of frames is no constant of the module, for which dynamo would take it
-            with torch._dynamo.patch_dynamo_config(allow_unspec_int_on_nn_module=True):
-                done = self._compiled.mid_stream.step(self._state, frames)
-                if done is not None:
-                    if update_state:
-                        self._go_on(done[1], frames)
-                    return done[0]
-        return self._untraced_step(*frames, update_state=update_state, **lanes)
-
-    def _traced_lanes(
-        self, inputs: tuple[torch.Tensor, ...], frames: bool, update_state: bool, start: Any, ready: Any, length: Any
-    ) -> Any:
-        """A call with lanes within `torch.compile`; None if it has to run as it is."""
-        if (
-            self._lane_programs is None
-            or self._lanes is None
-            or length is not None
-            or (start is None and ready is None)
-        ):
-            return None
-        done = self._lane_programs.traced_call(self._lanes, inputs, frames, start, ready)
-        if done is None:
-            return None
-        if update_state:
-            self._go_on(StreamState(), inputs, done[2])
-        return done[0], done[1]
-
-    @torch.compiler.disable  # type: ignore[untyped-decorator, unused-ignore]
-    def _untraced(self, method: str, *arguments: Any, **options: Any) -> Any:
-        """A method as it is, within `torch.compile` after a graph break."""
-        return getattr(self, method)(*arguments, **options)
-
-    @torch.compiler.disable  # type: ignore[untyped-decorator, unused-ignore]
-    def _untraced_step(self, *frames: torch.Tensor, **options: Any) -> Any:
-        out = self.forward_step(*frames, **options)
-        if torch.is_grad_enabled() or self._lanes is not None:
-            return out
-        for phase in range(self.compiled.plan.schedule.period):  # what is made while dynamo looks on is compiled anew
-            self.compiled.mid_stream.program(phase, apart=not self.compiled.large_frames)
-        state = self._state
-        object.__setattr__(self, "_state", StreamState(state.count, state.tensors, state.batch))
-        return out
+    def prepare_lanes(self, ticks: int, frames: bool) -> bool:
+        """Make the lane programs that `torch.compile` traces for so many ticks, and tell whether it can."""
+        return ticks % self.compiled.plan.schedule.period == 0 and self._programs().prepare(ticks, frames)
 
     def _go_on(self, state: StreamState, inputs: Sequence[torch.Tensor], lanes: LaneState | None = None) -> None:
         """The stream has moved: the last thing that a call does. These are plain stores, between which Python takes no
@@ -338,22 +298,19 @@ class StepModule(nn.Module):
         Returns:
             the outputs that are due, with time axis, or None; with `start`, `ready` or `length`, ``(y, valid)``.
         """
-        lanes = {"start": start, "ready": ready, "length": length}
+        controls = {"start": start, "ready": ready, "length": length}
         if torch.compiler.is_dynamo_compiling():
-            took = None if pad_end else self._traced_lanes(chunks, False, update_state, **lanes)
-            if took is not None:
-                return took
-            return self._untraced("forward_steps", *chunks, pad_end=pad_end, update_state=update_state, **lanes)
-        return self._steps(chunks, pad_end, update_state, **lanes)
+            return traced_calls.forward_steps(self, chunks, pad_end, update_state, controls)
+        return self._steps(chunks, pad_end, update_state, controls)
 
     @alone
     def _steps(
-        self, chunks: tuple[torch.Tensor, ...], pad_end: bool, update_state: bool, start: Any, ready: Any, length: Any
+        self, chunks: tuple[torch.Tensor, ...], pad_end: bool, update_state: bool, controls: Mapping[str, Any]
     ) -> Any:
-        if not (start is None and ready is None and length is None):
+        if traced_calls.given(controls):
             if pad_end:
                 raise InputError("pad_end ends all streams of a batch at once; give the lanes' length instead")
-            return self._lane_call(chunks, False, update_state, start=start, ready=ready, length=length)
+            return self._lane_call(chunks, False, update_state, **controls)
         self._no_lanes()
         compiled = self._ready(chunks, frames=False)
         ticks = compiled.spec.ticks(chunks)
@@ -370,7 +327,7 @@ class StepModule(nn.Module):
 
     def flush(self) -> Any:
         """The stream has ended: what is still due, with time axis, or None. The state stays as it is."""
-        return self._untraced("_flush") if torch.compiler.is_dynamo_compiling() else self._flush()
+        return traced_calls.flush(self) if torch.compiler.is_dynamo_compiling() else self._flush()
 
     @alone
     def _flush(self) -> Any:
@@ -556,13 +513,13 @@ class StepModule(nn.Module):
             else (self._traced.plan.clock, self._traced.example, self._traced.ticks, self._traced.batch)
         )
         return {**self.__dict__, "_traced": traced, "_compiled": None, "_state": self.get_state(), "_lanes": None,
-                "_lane_programs": None, "_running": False}  # fmt: skip
+                "_lane_programs": None, "_running": False, "_handle": None}  # fmt: skip
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Trace the model again and go on where the stream was."""
         state = dict(state)
         before, stream = state.pop("_traced"), state.pop("_state")
-        super().__setstate__({**state, "_traced": None, "_state": StreamState()})  # type: ignore[no-untyped-call]
+        super().__setstate__({**state, "_traced": None, "_state": StreamState(), "_handle": handle(self)})  # type: ignore[no-untyped-call]
         if before is not None:
             clock, example, ticks, batch = before
             traced = trace_at(self.model, example, clock, ticks, batch, self.options)

@@ -11,10 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
-from torch._dynamo.utils import counters
 from torch.utils.flop_counter import FlopCounterMode
 
-import cofx
 from cofx.runtime.errors import InputError
 from cofx.torch_compile import backend
 
@@ -276,104 +274,3 @@ def test_it_is_found_without_importing_cofx(tmp_path: Path) -> None:
     done = subprocess.run([sys.executable, "-c", program], env={**os.environ, "PYTHONPATH": path}, cwd=tmp_path,
                           capture_output=True, text=True)  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]
-
-
-# -- the step model itself, given to torch.compile -----------------------------------------------------------------
-
-
-class Halved(nn.Module):
-    """Two phases, a residual and a memory."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.first, self.down = nn.Conv1d(3, 4, 3, padding=1), nn.Conv1d(4, 4, 2, stride=2)
-        self.memory = nn.GRU(4, 4, batch_first=True)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        y = self.first(x)
-        return self.memory(self.down(y.relu() + y).mT)[0].mT
-
-
-@pytest.mark.parametrize("warm", [20, 0])
-@pytest.mark.parametrize("call", ["module", "method"])
-def test_a_step_model_compiled_by_inductor(call: str, warm: int) -> None:
-    """One graph for each phase and one to begin with, and no more over 1000 steps; breaks in the first frames alone."""
-    x = torch.randn(2, 3, 1024)
-    step = cofx.compile(Halved().eval(), x[:, :, :16])
-    frames = [f.contiguous() for f in x.unbind(2)]
-    parts = [step.forward_step(f) for f in frames[:warm]]
-    step.call_mode = "forward_step"
-    fast = torch.compile(step if call == "module" else step.forward_step, fullgraph=warm > 0)
-    counters.clear()
-    parts += [fast(f) for f in frames[warm : warm + 10]]
-    assert counters["stats"]["unique_graphs"] <= 3
-    with torch._dynamo.config.patch(error_on_recompile=True):
-        parts += [fast(f) for f in frames[warm + 10 :]]
-    assert (sum(counters["graph_break"].values()) == 0) == (warm > 0)
-    got = torch.stack([y for y in parts if y is not None], 2)
-    wanted = step.model(x)
-    torch.testing.assert_close(got, wanted[:, :, : got.shape[2]], rtol=1e-4, atol=1e-5)
-    step.call_mode = None
-    assert int(step.get_state()["count"]) == 1024
-    torch.testing.assert_close(step.flush(), wanted[:, :, got.shape[2] :], rtol=1e-4, atol=1e-5)
-
-
-class Both(nn.Module):
-    """A history and a memory, in a dict."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.first, self.memory = nn.Conv1d(3, 4, 3, padding=1), nn.GRU(4, 4, batch_first=True)
-
-    def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
-        return {"same": x, "deep": self.memory(self.first(x).relu().mT)[0].mT}
-
-
-def test_lanes_compiled_by_inductor() -> None:
-    """One graph, whatever the masks hold; lengths, and masks that are no tensors, run as they are."""
-    x, n = torch.randn(3, 3, 1024), 1000
-    step, plain = (cofx.compile(Both().eval(), x[:, :, :16]) for _ in range(2))
-    plain.model.load_state_dict(step.model.state_dict())
-    frames = [f.contiguous() for f in x.unbind(2)]
-    fast = torch.compile(step.forward_step, fullgraph=True)
-    masks = [dict(zip(("ready", "start"), m, strict=True)) for m in
-             zip((torch.rand(n, 3) > 0.2).unbind(0), (torch.rand(n, 3) > 0.97).unbind(0), strict=True)]  # fmt: skip
-    for t in range(n):
-        wanted, exist = plain.forward_step(frames[t], **masks[t])
-        if t == 0:
-            step.forward_step(frames[t], **masks[t])
-            counters.clear()
-            continue
-        with torch._dynamo.config.patch(error_on_recompile=t > 3):
-            got, valid = fast(frames[t], **masks[t])
-        for name in wanted:
-            assert torch.equal(valid[name], exist[name])
-            torch.testing.assert_close(got[name][valid[name]], wanted[name][exist[name]], rtol=1e-4, atol=1e-5)
-    assert counters["stats"]["unique_graphs"] <= 2 and not counters["graph_break"]
-    broken = torch.compile(step.forward_step)
-    for given in ({"ready": [True] * 3}, {"length": torch.full((3,), 4)}):
-        (got, valid), (wanted, _) = broken(frames[n], **given), plain.forward_step(frames[n], **given)
-        torch.testing.assert_close(got["deep"], wanted["deep"], rtol=1e-4, atol=1e-5, equal_nan=True)
-        assert valid["deep"].shape == (3,)
-
-
-def test_chunks_and_flushes_within_torch_compile() -> None:
-    """As they are, after a graph break; chunks of lanes are traced."""
-    x = torch.randn(2, 3, 64)
-    step = cofx.compile(Halved().eval(), x[:, :, :16])
-    whole, take, flush = step.model(x), torch.compile(step.forward_steps), torch.compile(step.flush)
-    parts = [take(x[:, :, t : t + 4]) for t in range(0, 60, 4)]
-    torch.testing.assert_close(torch.cat([*(y for y in parts if y is not None), flush()], 2), step.model(x[:, :, :60]))
-    rest = take(x[:, :, 60:], pad_end=True)
-    torch.testing.assert_close(rest, whole[:, :, -rest.shape[2] :], rtol=1e-4, atol=1e-5)
-    step.clean_state()
-    lanes, parts = {"ready": torch.ones(2, dtype=torch.bool)}, []
-    for t in range(0, 64, 4):
-        with torch._dynamo.config.patch(error_on_recompile=t > 12):
-            y, valid = take(x[:, :, t : t + 4], **lanes)
-        parts.append(y[:, :, valid[0]])
-    torch.testing.assert_close(torch.cat(parts, 2), whole[:, :, : sum(p.shape[2] for p in parts)], rtol=1e-4, atol=1e-5)
-    with pytest.raises(InputError, match="each by itself"):
-        take(x[:, :, :4])
-    with pytest.raises(InputError, match="each by itself"):
-        torch.compile(step.forward_step)(x[:, :, 0])

@@ -112,7 +112,7 @@ def builtin(node: fx.Node) -> Any:
     if schema.is_mutable and not packet.endswith("_"):
         return None
     function = getattr(torch._C._VariableFunctions, packet, None) or getattr(torch._C._nn, packet, None)
-    if function is None:
+    if function is None or getattr(torch, packet, function) is not function:  # in front of which torch has its own
         return None
     given = dict(zip((a.name for a in schema.arguments if not a.kwarg_only), node.args, strict=False)) | node.kwargs
     kinds = {a.name: str(a.type) for a in schema.arguments}
