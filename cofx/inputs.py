@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from .passes.capture import Clock, as_for_inference
+from .passes.capture import Clock
 from .passes.errors import raised_at
+from .passes.leave_as_found import as_for_inference
 from .passes.pipeline import Plan
 from .runtime.errors import InputError
 

@@ -14,8 +14,8 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from .compiled import Compiled
 from .output_info import OutputInfo
-from .passes.capture import as_for_inference
 from .passes.errors import user_frame
+from .passes.leave_as_found import as_for_inference
 from .passes.registry import InClip
 from .report_page import page, section
 from .runtime.state import StreamState

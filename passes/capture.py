@@ -39,6 +39,7 @@ from .errors import CaptureError, raised_at
 from .functionalize import functionalize, needs_functionalization
 from .inline_regions import inline_regions
 from .known_values import KnownValues
+from .leave_as_found import as_for_inference
 from .record_calls import record_calls
 from .reference import Reference
 from .registry import entry, find_rule
@@ -615,33 +616,6 @@ class Sampler:
             kind = int if isinstance(size, torch.SymInt) else float if isinstance(size, torch.SymFloat) else bool
             self.cache[key] = kind(value)
         return self.cache[key]
-
-
-@contextlib.contextmanager
-def as_for_inference(model: nn.Module) -> Iterator[None]:
-    """The module in eval mode; afterwards each submodule has its mode, attributes and buffers again as they were."""
-    before = [(m, m.training, dict(m.__dict__), _own_buffers(m)) for m in model.modules()]
-    fastpath = torch.backends.mha.get_fastpath_enabled()
-    try:
-        for m, *_ in before:
-            m.training = False
-        torch.backends.mha.set_fastpath_enabled(False)
-        yield
-    finally:
-        for m, training, attributes, buffers in before:
-            m.training = training
-            now = _own_buffers(m)
-            if now.keys() != buffers.keys() or any(now[name] is not b for name, b in buffers.items()):
-                m._buffers.clear()
-                m._buffers.update(buffers)
-            for name in m.__dict__.keys() - attributes.keys():
-                del m.__dict__[name]
-            m.__dict__.update(attributes)
-        torch.backends.mha.set_fastpath_enabled(fastpath)
-
-
-def _own_buffers(module: nn.Module) -> dict[str, torch.Tensor | None]:
-    return {} if isinstance(module, torch.jit.ScriptModule) else dict(module._buffers)
 
 
 @contextlib.contextmanager

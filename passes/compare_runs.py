@@ -8,7 +8,6 @@ with the length are left out, and those of a loop over frames, which is called a
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import math
 import sys
@@ -20,16 +19,14 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch._dispatch.python import enable_python_dispatcher
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from .assertions import truth_without_error
-from .capture import CONGRUENT, TRACING, Capture, Clock, as_for_inference, quiet, tensor_leaves
-from .drop_caches import Kept, dropped, kept_by
+from .capture import CONGRUENT, Capture, Clock, tensor_leaves
+from .drop_caches import Kept, dropped
 from .errors import is_users, line_of
-from .symbolic_recurrence import symbolic_recurrence
+from .fake_run import on_fake_tensors
 
 # how far ahead one looks for numbers that follow the length: by a multiple of all strides, so that nothing is rounded,
 # by a clip or half of one, or less far (behind, at last) where a table ends or frames are looped over
@@ -60,21 +57,6 @@ class Run:
     counts: Counter[Place] = field(default_factory=Counter)
     shapes: list[torch.Size] = field(default_factory=list)
     cut: bool = False
-
-
-@contextlib.contextmanager
-def on_fake_tensors(model: nn.Module) -> Iterator[None]:
-    """Tensors that are made in here compute nothing, also when the model runs on them."""
-    with (
-        TRACING,
-        FakeTensorMode(allow_non_fake_inputs=True),
-        torch.no_grad(),
-        as_for_inference(model),
-        quiet(),
-        symbolic_recurrence(),
-        enable_python_dispatcher(),  # which asks for the kernels that symbolic_recurrence sets
-    ):
-        yield
 
 
 class Runs:
@@ -120,14 +102,6 @@ class Runs:
             return None
         run.shapes = [x.shape for x in tensor_leaves(outputs)]
         return run
-
-    def kept(self) -> list[Kept]:
-        """What the model keeps from a call with longer clips for later ones."""
-        found: list[Kept] = []
-        with contextlib.suppress(Exception), on_fake_tensors(self.model), kept_by(self.model, found):
-            self.model(*(torch.empty(s, dtype=d, device=v) for s, (_, d, v) in
-                         zip(self._sizes(2 * self.traced), self.like, strict=True)))  # fmt: skip
-        return found
 
     def _sizes(self, ticks: int) -> Iterator[list[int]]:
         axes = zip(self.like, self.clock.time_dims, self.clock.batch_dims, self.clock.frames, strict=True)

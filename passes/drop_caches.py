@@ -8,54 +8,102 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import nn
 
-from .capture import as_for_inference, tensor_leaves
+from .capture import tensor_leaves
+from .fake_run import on_fake_tensors
+from .leave_as_found import as_for_inference, containers, hold
 
-Kept = tuple[nn.Module, str]  # a module, and the name of an attribute or buffer of it
+
+@dataclass(frozen=True)
+class Kept:
+    """Something that a call keeps for later ones.
+
+    Attributes:
+        place, name: where: among the attributes or the buffers of a module, or in a dict.
+        module: whose buffer it is.
+        entry: it is an entry that a call adds to a dict, and so is not there before the first.
+        empty: before the first call it is a tensor without entries, not None (or zero, of a number).
+    """
+
+    place: dict[Any, Any]
+    name: Any
+    module: nn.Module | None = None
+    entry: bool = False
+    empty: bool = False
 
 
 @contextlib.contextmanager
 def dropped(kept: Sequence[Kept]) -> Iterator[None]:
-    """While this is open, these are as before the first call: no tensors, numbers that are zero."""
-    before = [(_place(m, name), name, _place(m, name)[name]) for m, name in kept]
-    for place, name, value in before:
-        place[name] = type(value)(0) if type(value) in (int, float, bool) else None
+    """While this is open, these are as before the first call. Buffers are attributes then, which may change in size."""
+    touched = {id(p): p for k in kept for p in (k.place, *([k.module.__dict__] if k.module is not None else []))}
+    before = [(p, dict(p)) for p in touched.values()]
     try:
+        for k in kept:
+            if k.name not in k.place:
+                continue  # dropped already
+            value = k.place[k.name]
+            if k.entry or k.module is not None:
+                del k.place[k.name]
+            if not k.entry:
+                (k.place if k.module is None else k.module.__dict__)[k.name] = _blank(value, k.empty)
         yield
     finally:
-        for place, name, value in before:
-            place[name] = value
+        for place, content in before:
+            hold(place, content)
 
 
-def _place(module: nn.Module, name: str) -> dict[str, Any]:
-    return module._buffers if name in module._buffers else module.__dict__
+def _blank(value: Any, empty: bool) -> Any:
+    if empty and isinstance(value, torch.Tensor):
+        return value.new_empty([0] * value.dim())
+    return type(value)(0) if type(value) in (int, float, bool) else None
 
 
-@contextlib.contextmanager
-def kept_by(model: nn.Module, found: list[Kept]) -> Iterator[None]:
-    """Add to `found` what a call of the model in here changes of its attributes and buffers."""
-    before = [(m, {**m.__dict__, **m._buffers}) for m in model.modules() if not isinstance(m, torch.jit.ScriptModule)]
-    yield
-    for module, values in before:
-        now = {**module.__dict__, **module._buffers}
-        found.extend((module, name) for name, value in values.items() if now.get(name) is not value)
+def kept_by(model: nn.Module, inputs: Sequence[torch.Tensor]) -> list[Kept]:
+    """What a call with inputs of these shapes changes of what is there before it."""
+    found: list[Kept] = []
+    with contextlib.suppress(Exception), on_fake_tensors(model):
+        modules = [m for m in model.modules() if not isinstance(m, torch.jit.ScriptModule)]
+        places: list[tuple[dict[Any, Any], nn.Module | None]] = [(m.__dict__, None) for m in modules]
+        places += [(m._buffers, m) for m in modules]
+        dicts = [c for c in containers(model) if isinstance(c, dict)]
+        before = [dict(p) for p in (*(p for p, _ in places), *dicts)]
+        model(*(torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in inputs))
+        for (place, module), content in zip(places, before, strict=False):
+            found += [Kept(place, name, module) for name, v in content.items() if place.get(name, place) is not v]
+        for place, content in zip(dicts, before[len(places) :], strict=True):
+            changed = [Kept(place, name) for name, v in content.items() if place.get(name, place) is not v]
+            kinds = {_kind(v) for name, v in place.items() if name not in content}  # of what was added
+            found += changed or [Kept(place, k, entry=True) for k, v in content.items() if _kind(v) in kinds]
+    return found
 
 
-def alike_without(model: nn.Module, kept: Sequence[Kept], example: Sequence[torch.Tensor]) -> bool:
-    """Whether the model gives the same without what it kept."""
-    results = []
-    for leave_out in ((), kept):
-        with dropped(leave_out), as_for_inference(model), torch.no_grad():
-            try:
-                results.append(tensor_leaves(model(*example)))
-            except Exception:
-                return False
-    return len(results[0]) == len(results[1]) and all(
-        torch.equal(a, b) or torch.allclose(a, b, rtol=1e-4, atol=1e-5)
-        for a, b in zip(*results, strict=True)
-        if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor) and a.shape == b.shape
-    )
+def _kind(value: Any) -> type:
+    return torch.Tensor if isinstance(value, torch.Tensor) else type(value)
+
+
+def ways_without(model: nn.Module, kept: Sequence[Kept], example: Sequence[torch.Tensor]) -> Iterator[list[Kept]]:
+    """What it kept, as None and as tensors without entries, where the model without it gives the same."""
+    if not kept:
+        return
+    wanted = _results(model, (), example)
+    for empty in (False, True):
+        way = [replace(k, empty=empty) for k in kept]
+        got = _results(model, way, example)
+        if wanted is not None and got is not None and len(wanted) == len(got):
+            tensors = [p for p in zip(wanted, got, strict=True) if all(isinstance(x, torch.Tensor) for x in p)]
+            if all(a.shape == b.shape and torch.allclose(a, b, rtol=1e-4, atol=1e-5) for a, b in tensors):
+                yield way
+
+
+def _results(model: nn.Module, without: Sequence[Kept], example: Sequence[torch.Tensor]) -> list[Any] | None:
+    """What the model gives; None if it cannot be run so."""
+    try:
+        with dropped(without), as_for_inference(model), torch.no_grad():
+            return tensor_leaves(model(*example))
+    except Exception:
+        return None

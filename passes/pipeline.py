@@ -21,13 +21,13 @@ from torch.utils import _pytree as pytree
 
 from .build_clips import build_clips
 from .canonicalize import canonicalize
-from .capture import Capture, Clock, SizeReturned, capture, named_tensors
+from .capture import Capture, Clock, Point, SizeReturned, capture, named_tensors
 from .codegen.constants import Constants
 from .compare_lengths import compare_lengths
 from .compare_runs import Runs
-from .drop_caches import Kept, alike_without, dropped
+from .drop_caches import Kept, dropped, kept_by, ways_without
 from .endings import Endings, General, Trace, find_general, in_steps
-from .errors import CompileError, NonLocalError, Refusal, RefusedError, module_path
+from .errors import CaptureError, CompileError, NonLocalError, Refusal, RefusedError, module_path
 from .fold_positions import fold_positions
 from .layout import TIME
 from .loops import Loop
@@ -193,7 +193,25 @@ def compile_plan(
         CaptureError: the model cannot be traced.
         RefusedError: it holds ops that cannot be given as asked; all are listed.
     """
-    captured = capture(model, example, clock, ticks, batch)
+
+    def anew() -> Plan | None:
+        """The plan of the model as it is before its first call, if it gives the same and does alike at all lengths."""
+        if without:
+            return None
+        kept = kept_by(model, clock.resized(example, Point(batch, 2 * ticks)))
+        for way in ways_without(model, kept, example):
+            with dropped(way), contextlib.suppress(CompileError):
+                plan = compile_plan(model, example, clock, ticks, batch, equivalence, newest, context, choose, way)
+                if plan.branch is None:
+                    return plan
+        return None
+
+    try:
+        captured = capture(model, example, clock, ticks, batch)
+    except CaptureError:
+        if (plan := anew()) is not None:
+            return plan
+        raise
     graph, facts, constants = _understand(model, captured, clock, context)
     traces: list[Trace] = []
     if (general := _general(model, example, clock, captured, graph, facts, batch)) is not None:
@@ -221,11 +239,8 @@ def compile_plan(
     words = {_word(v) for v in values if v is not None}
     limit = runs.limit() if words & {"stream", "prefix"} else None
     branch = _branch(captured, runs, facts, values, alike, limit)
-    if branch is not None and not without and (kept := runs.kept()) and alike_without(model, kept, example):
-        with dropped(kept), contextlib.suppress(CompileError):
-            plan = compile_plan(model, example, clock, ticks, batch, equivalence, newest, context, choose, kept)
-            if plan.branch is None:
-                return plan
+    if branch is not None and (forgetful := anew()) is not None:
+        return forgetful
     if branch is not None:  # every clip has the traced length
         _may_be_clips(leaves[0], branch, equivalence)
         facts = propagate_facts(graph, captured, clock, constants, context)

@@ -24,14 +24,23 @@ class Constants:
 
     def value(self, node: fx.Node) -> Any:
         """The value of a node of the traced graph that depends on parameters alone."""
-        if node not in self._values:
-            if node.op == "get_attr":
-                return self.tensors[str(node.target)]
-            self.note(self.tensors[str(n.target)] for n in node.all_input_nodes if n.op == "get_attr")
-            with torch.no_grad():
-                args, kwargs = map_arg((node.args, node.kwargs), self.value)
-                self._values[node] = node.target(*args, **kwargs)  # type: ignore[operator]
-        return self._values[node]
+        waiting = [node]
+        while waiting:
+            n = waiting[-1]
+            if n in self._values or n.op == "get_attr":
+                waiting.pop()
+            elif missing := [m for m in n.all_input_nodes if m not in self._values and m.op != "get_attr"]:
+                waiting += missing
+            else:
+                waiting.pop()
+                self.note(self.tensors[str(m.target)] for m in n.all_input_nodes if m.op == "get_attr")
+                with torch.no_grad():
+                    args, kwargs = map_arg((n.args, n.kwargs), self._known)
+                    self._values[n] = n.target(*args, **kwargs)  # type: ignore[operator]
+        return self._known(node)
+
+    def _known(self, node: fx.Node) -> Any:
+        return self.tensors[str(node.target)] if node.op == "get_attr" else self._values[node]
 
     def note(self, sources: Iterable[torch.Tensor | None]) -> None:
         """Constants were computed from these: programs that hold them are stale once one of these changes."""
