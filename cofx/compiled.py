@@ -103,7 +103,7 @@ class Compiled:
             for name, value in self.plan.capture.read.items():
                 if not torch.equal(now[name], value.to(now[name])):
                     raise CompileError(
-                        f"the buffer '{name}' has changed, and what forward does depends on its value\n"
+                        f"'{name}' has changed, and what forward does depends on its value\n"
                         "    try     compile the model again"
                     )
             self.plan.constants.renew(now)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import nn
+from torch import fx, nn
 
 from .compiled import Compiled
 from .passes.capture import tensor_leaves
@@ -56,7 +56,7 @@ def verify(model: nn.Module, compiled: Compiled, inputs: Sequence[torch.Tensor])
         for i, leaf in enumerate(compiled.plan.outputs):
             pairs = _pairs(model, compiled, inputs, ticks, i, leaf, streamed[i])
             for got, expected in pairs:
-                difference, fine = _compare(got, expected)
+                difference, fine = _compare(got, expected, _coarsest(leaf.node, expected.dtype))
                 worst, exact, compared = max(worst, difference), exact and fine, compared + 1
     if not compared:
         raise InputError("nothing was compared: the clip is too short for the model to give an output")
@@ -106,10 +106,24 @@ def _pairs(
     return pairs
 
 
-def _compare(got: torch.Tensor | None, expected: torch.Tensor) -> tuple[float, bool]:
+def _coarsest(leaf: fx.Node, dtype: torch.dtype) -> torch.dtype:
+    """The floating dtype with the fewest bits of those that an output is computed in: within autocast, say."""
+    seen, waiting = {leaf}, [leaf]
+    while waiting:
+        for node in waiting.pop().all_input_nodes:
+            if node not in seen:
+                seen.add(node)
+                waiting.append(node)
+    dtypes = {x.dtype for n in seen if isinstance(x := n.meta.get("val"), torch.Tensor) and x.is_floating_point()}
+    return max(dtypes & TOLERANCES.keys(), key=lambda d: torch.finfo(d).eps, default=dtype)
+
+
+def _compare(got: torch.Tensor | None, expected: torch.Tensor, dtype: torch.dtype) -> tuple[float, bool]:
     if got is None or got.shape != expected.shape:
         return math.inf, False
-    rtol, atol = TOLERANCES.get(expected.dtype, (0.0, 0.0))
+    if expected.is_complex():
+        got, expected = torch.view_as_real(got.resolve_conj()), torch.view_as_real(expected.resolve_conj())
+    rtol, atol = TOLERANCES.get(dtype, (0.0, 0.0)) if expected.is_floating_point() else (0.0, 0.0)
     difference = (got.double() - expected.double()).abs().nan_to_num(0.0, math.inf) if got.numel() else got.new_zeros(1)
     fine = torch.allclose(got.double(), expected.double(), rtol=rtol, atol=atol, equal_nan=True)
     return float(difference.max()), fine

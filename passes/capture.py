@@ -8,11 +8,13 @@ batch sizes and lengths, and another of telling whether what the trace took for 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import inspect
 import io
 import logging
 import math
+import re
 import signal
 import threading
 import traceback
@@ -184,6 +186,8 @@ def capture(
                     return found
                 raise CaptureError("the model fixes the batch size")
             except Exception as error:
+                if "which is not a known type" in str(error) and _make_known(model, inputs):
+                    return capture(model, example, clock, ticks, batch, like, closed)
                 where = raised_at(error)
                 told = _told(error, where)
                 if isinstance(error, SizeReturned):  # the other ways would take it for a constant
@@ -194,6 +198,26 @@ def capture(
     failure = CaptureError("\n".join(causes.values()))
     failure.always = any(told.startswith(ALWAYS) for told in causes.values())
     raise failure
+
+
+def _make_known(model: nn.Module, inputs: tuple[torch.Tensor, ...]) -> bool:
+    """Tell torch of the dataclasses in which a model returns its tensors; whether there were any that it did not know.
+
+    It then takes them apart, as it does tuples and dicts, in this process.
+    """
+    with as_for_inference(model), torch.no_grad():
+        waiting, new = [model(*inputs)], False
+    while waiting:
+        value = waiting.pop()
+        if dataclasses.is_dataclass(value) and not isinstance(value, type):
+            if type(value) not in pytree.SUPPORTED_NODES:
+                kind = type(value)
+                torch.export.register_dataclass(kind, serialized_type_name=f"{kind.__module__}.{kind.__qualname__}")
+                new = True
+            waiting += [getattr(value, f.name) for f in dataclasses.fields(value)]
+        elif isinstance(value, (list, tuple, dict)):
+            waiting += value.values() if isinstance(value, dict) else value
+    return new
 
 
 NOT_TRACED = "the model could not be traced: "
@@ -218,6 +242,9 @@ def _told(error: Exception, where: str | None) -> str:
     elif "fake tensor in the exported program" in str(error):
         reason, where = CHANGES, None
         hint = "change them once before compiling, or write forward so that it computes changed copies"
+    elif found := re.search(r"Found <class '([^']*)'> in output", str(error)):
+        reason, where = f"{NOT_TRACED}it returns a {found[1]}, and torch cannot tell which tensors that holds", None
+        hint = "a dataclass, tuple or dict, or torch.utils._pytree.register_pytree_node"
     elif _packs(error):
         reason = PACKS
         hint = "give recurrent layers the clip itself: in a stream nothing is padded, and lanes have a `length`"

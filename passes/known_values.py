@@ -2,9 +2,9 @@
 
 While tracing, tensors have shapes but no values, so that tracing ends where a value is asked for. A tensor that is made
 of numbers, and all that is computed from such tensors, is therefore computed beside the trace as well. So are the
-model's own buffers (a stride that is kept as one, a flag, a window), and what was made before the trace and is neither
-(a constant of its Python module). Nothing that depends on inputs, parameters, open
-sizes or random numbers is ever known.
+model's own buffers (a stride that is kept as one, a flag, a window), parameters of a single number (a temperature), and
+what was made before the trace and is neither (a constant of its Python module). Nothing that depends on inputs, other
+parameters, open sizes or random numbers is ever known.
 """
 
 from __future__ import annotations
@@ -52,21 +52,22 @@ class KnownValues(TorchFunctionMode):
     """While this is open, values that follow from numbers alone can be read from traced tensors.
 
     Attributes:
-        read: the names of the buffers on which a value depends that was read.
+        read: the names of the buffers and parameters on which a value depends that was read.
     """
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.read: set[str] = set()
-        buffers = [
-            (module, name, f"{path}.{name}".lstrip("."), buffer.detach())
+        held = [
+            (place, name, f"{path}.{name}".lstrip("."), tensor.detach())
             for path, module in model.named_modules()
-            for name, buffer in module.named_buffers(recurse=False)
-            if buffer.numel() <= MOST and not isinstance(module, _NOT_KNOWN)
+            for place, most in ((module._buffers, MOST), (module._parameters, 1))
+            for name, tensor in ({} if isinstance(module, _NOT_KNOWN) else place).items()
+            if tensor is not None and tensor.numel() <= most
         ]
         # copies, which share memory where the buffers do: forward may write to them
-        copies = copy.deepcopy([buffer for *_, buffer in buffers])
-        self._buffers = [(*where, value) for (*where, _), value in zip(buffers, copies, strict=True)]
+        copies = copy.deepcopy([tensor for *_, tensor in held])
+        self._held = [(*where, value) for (*where, _), value in zip(held, copies, strict=True)]
         self._values: Any = WeakTensorKeyDictionary()
         self._sources: Any = WeakTensorKeyDictionary()  # names of the buffers that values follow from
         self._spoilt: set[int] = set()  # memory that something unknown was written to
@@ -117,8 +118,8 @@ class KnownValues(TorchFunctionMode):
     def knows(self, tensor: torch.Tensor) -> bool:
         """Whether a traced tensor's values can be read."""
         if tensor not in self._values:
-            for module, name, path, value in self._buffers:  # while tracing, buffers are replaced in place
-                if module._buffers.get(name) is tensor:
+            for place, name, path, value in self._held:  # while tracing, they are replaced in place
+                if place.get(name) is tensor:
                     self._values[tensor], self._sources[tensor] = value, {path}
             if _is_real(tensor):
                 self._values[tensor], self._sources[tensor] = tensor, set()

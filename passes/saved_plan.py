@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import operator
+import re
 from collections.abc import Mapping
 from fractions import Fraction
 from typing import Any
@@ -217,7 +218,7 @@ def decode_plan(model: SavedModel) -> Plan:
             graph=graph,
             constants=_named(extra, "constant:"),
             inputs=list(record["inputs"]),
-            out_spec=pytree.treespec_loads(record["out_spec"]),
+            out_spec=_read_spec(record["out_spec"]),
             points=[Point(int(b), int(t)) for b, t in record["points"]],
             sample=lambda size, point: size,
             symbolic_batch=bool(record["open"][0]),
@@ -235,6 +236,19 @@ def decode_plan(model: SavedModel) -> Plan:
         if isinstance(error, CompileError):
             raise
         raise SavedPlanError(f"this is no step model: {type(error).__name__}: {error}") from error
+
+
+def _read_spec(text: str) -> pytree.TreeSpec:
+    try:
+        return pytree.treespec_loads(text)
+    except NotImplementedError as error:
+        if (found := re.search(r"Deserializing (\S+) in pytree", str(error))) is None:
+            raise
+        raise SavedPlanError(
+            f"the model returns a {found[1]}, which is not known in this process\n"
+            "    try     before loading, import it and call\n"
+            f"            torch.export.register_dataclass(..., serialized_type_name={found[1]!r})"
+        ) from error
 
 
 def _named(tensors: Mapping[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:

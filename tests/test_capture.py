@@ -3,6 +3,8 @@
 import subprocess
 import sys
 import textwrap
+from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 import torch
@@ -131,3 +133,68 @@ def test_packed_sequences_are_refused_by_name(given) -> None:
     with pytest.raises(cofx.CaptureError, match="it packs sequences") as told:
         cofx.compile(Packs().eval(), torch.randn(1, 12, 4), time_dim=1)
     assert "in forward" in str(told.value)
+
+
+@dataclass
+class Result:
+    features: torch.Tensor
+    raw: dict[str, torch.Tensor] | None = None
+
+
+class ReturnsDataclass(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv1d(3, 4, 3)
+
+    def forward(self, x: torch.Tensor) -> list[Result]:
+        return [Result(self.conv(x), {"x": x}), Result(x)]
+
+
+def test_a_dataclass_that_torch_does_not_know(tmp_path: Path) -> None:
+    """It is taken apart and put together again; a saved model asks for it where it is not known."""
+    clip = torch.randn(2, 3, 12)
+    step = cofx.compile(ReturnsDataclass().eval(), clip)
+    assert step.verify(torch.randn(2, 3, 30))
+    first = step.forward_step(clip[:, :, 0])
+    assert isinstance(first[0], Result) and first[0].features is None and first[0].raw is not None
+    step.save(tmp_path / "step.cofx")
+    assert isinstance(cofx.load(tmp_path / "step.cofx").forward_steps(clip)[1], Result)
+    told = subprocess.run(
+        [sys.executable, "-c", f"import cofx; cofx.load({str(tmp_path / 'step.cofx')!r})"],
+        capture_output=True, text=True, check=False,
+    ).stderr  # fmt: skip
+    assert "register_dataclass" in told and "Result" in told
+
+
+def test_an_output_that_nobody_can_take_apart() -> None:
+    class Own:
+        def __init__(self, x: torch.Tensor) -> None:
+            self.x = x
+
+    class ReturnsOwn(nn.Module):
+        def forward(self, x: torch.Tensor) -> Own:
+            return Own(x * 2)
+
+    with pytest.raises(cofx.CaptureError, match=r"returns a .*Own"):
+        cofx.compile(ReturnsOwn(), torch.randn(1, 3, 8))
+
+
+def test_numbers_of_parameters() -> None:
+    """A parameter of one number may be read as one; where that has changed, the model is to be compiled again."""
+
+    class Tempered(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.temperature = nn.Conv1d(3, 4, 3), nn.Parameter(torch.tensor(2.0))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            y = self.conv(x) * self.temperature.item()
+            return y.relu() if self.temperature > 1 else y
+
+    model = Tempered().eval()
+    step = cofx.compile(model, torch.randn(2, 3, 12))
+    assert step.equivalence == "stream" and step.verify(torch.randn(2, 3, 30))
+    with torch.no_grad():
+        model.temperature.fill_(3)
+    with pytest.raises(cofx.CompileError, match="'temperature' has changed"):
+        step.clean_state()

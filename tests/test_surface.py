@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 import cofx
+from cofx.verification import _compare
 
 
 class Net(nn.Module):
@@ -431,3 +432,27 @@ def test_a_model_made_in_inference_mode() -> None:
         assert step.verify(x).exact
         step.clean_state()
         torch.testing.assert_close(torch.stack([step.forward_step(f) for f in x.unbind(2)][2:], 2), model(x))
+
+
+def test_verify_within_autocast_and_of_complex_numbers() -> None:
+    """The tolerance is that of the coarsest numbers on the way; both parts of complex ones are compared."""
+
+    class Coarse(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = nn.Conv1d(3, 4, 3), nn.Conv1d(4, 4, 3)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            with torch.autocast("cpu", dtype=torch.bfloat16):
+                y = self.first(x)
+            return self.second(y.float())
+
+    class Turned(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return torch.complex(x[:, :, 1:], x[:, :, :-1]).conj()
+
+    for model in (Coarse().eval(), Turned()):
+        step = cofx.compile(model, torch.randn(2, 3, 16))
+        assert step.verify(torch.randn(2, 3, 40))
+    x = torch.complex(torch.ones(2), torch.ones(2))
+    assert not _compare(x, x.conj(), x.dtype)[1] and _compare(x, x.clone(), x.dtype)[1]
