@@ -3,6 +3,7 @@
 What fails is every op of a call in turn, and a signal at every moment at which Python takes one.
 """
 
+import functools
 import sys
 import threading
 from collections.abc import Callable
@@ -60,6 +61,9 @@ class Strided(Net):
 def made(net: type[nn.Module], **options: Any) -> cofx.StepModule:
     torch.manual_seed(0)
     return cofx.compile(net().eval(), (X[:, :, :12], OFFSET), time_dim=(2, None), **options)
+
+
+made_once = functools.cache(made)  # for tests that begin with a new stream
 
 
 class Interrupts:
@@ -179,7 +183,7 @@ def everywhere(step: Any, call: str, kind: str) -> None:
 @pytest.mark.parametrize("net", [Net, Attention, Strided])
 def test_step_model(net: type[nn.Module], call: str, kind: str) -> None:
     if net is not Strided or call != "lane step":
-        everywhere(made(net), call, kind)
+        everywhere(made_once(net), call, kind)
 
 
 class AsTensors:

@@ -420,7 +420,7 @@ print(step.forward_steps(np.ones((2, 3, 8), np.float32), pad_end=True)["deep"].s
     assert done.stdout.strip() == "(2, 4, 4)"
 
 
-@pytest.mark.parametrize("kind", [nn.GRU, nn.LSTM, nn.RNN])
+@pytest.mark.parametrize("kind", [nn.GRU, *(pytest.param(k, marks=pytest.mark.slow) for k in (nn.LSTM, nn.RNN))])
 def test_int8_weights_of_recurrent_layers(kind: type[nn.RNNBase], tmp_path, capsys) -> None:
     class Memory(nn.Module):
         def __init__(self) -> None:
