@@ -29,6 +29,11 @@ if TYPE_CHECKING:
 P = ParamSpec("P")
 R = TypeVar("R")
 
+WHY = (
+    "torch.compile takes the calls of a step model without gradients (torch.no_grad()), compiled with an example, and "
+    "with lane arguments that are tensors, given from the stream's first frame on"
+)
+
 _known: weakref.WeakValueDictionary[str, Any] = weakref.WeakValueDictionary()
 
 
@@ -41,7 +46,7 @@ def handle(thing: Any) -> str:
 
 def as_it_is(function: Callable[P, R]) -> Callable[P, R]:
     """What torch.compile leaves alone, with all that it calls: also where it has given up on a function further up."""
-    left: Callable[P, R] = torch.compiler.disable(function)  # type: ignore[no-untyped-call, unused-ignore]
+    left: Callable[P, R] = torch.compiler.disable(function, reason=WHY)  # type: ignore[no-untyped-call, unused-ignore]
     return left
 
 

@@ -28,6 +28,7 @@ class Kept:
         module: whose buffer it is.
         entry: it is an entry that a call adds to a dict, and so is not there before the first.
         empty: before the first call it is a tensor without entries, not None (or zero, of a number).
+        plain: the buffer is an attribute for the time, which may change in size.
     """
 
     place: dict[Any, Any]
@@ -35,11 +36,12 @@ class Kept:
     module: nn.Module | None = None
     entry: bool = False
     empty: bool = False
+    plain: bool = False
 
 
 @contextlib.contextmanager
 def dropped(kept: Sequence[Kept]) -> Iterator[None]:
-    """While this is open, these are as before the first call. Buffers are attributes then, which may change in size."""
+    """While this is open, these are as before the first call."""
     touched = {id(p): p for k in kept for p in (k.place, *([k.module.__dict__] if k.module is not None else []))}
     before = [(p, dict(p)) for p in touched.values()]
     try:
@@ -47,10 +49,11 @@ def dropped(kept: Sequence[Kept]) -> Iterator[None]:
             if k.name not in k.place:
                 continue  # dropped already
             value = k.place[k.name]
-            if k.entry or k.module is not None:
+            if k.entry or k.plain:
                 del k.place[k.name]
             if not k.entry:
-                (k.place if k.module is None else k.module.__dict__)[k.name] = _blank(value, k.empty)
+                place = k.module.__dict__ if k.plain and k.module is not None else k.place
+                place[k.name] = _blank(value, k.empty)
         yield
     finally:
         for place, content in before:
@@ -87,12 +90,14 @@ def _kind(value: Any) -> type:
 
 
 def ways_without(model: nn.Module, kept: Sequence[Kept], example: Sequence[torch.Tensor]) -> Iterator[list[Kept]]:
-    """What it kept, as None and as tensors without entries, where the model without it gives the same."""
+    """Ways to be without what it kept in which the model gives the same."""
     if not kept:
         return
     wanted = _results(model, (), example)
-    for empty in (False, True):
-        way = [replace(k, empty=empty) for k in kept]
+    for empty, plain in ((False, False), (False, True), (True, True)):
+        if plain and not empty and not any(k.module is not None for k in kept):
+            continue  # as the one before
+        way = [replace(k, empty=empty, plain=plain and k.module is not None) for k in kept]
         got = _results(model, way, example)
         if wanted is not None and got is not None and len(wanted) == len(got):
             tensors = [p for p in zip(wanted, got, strict=True) if all(isinstance(x, torch.Tensor) for x in p)]
@@ -104,6 +109,7 @@ def _results(model: nn.Module, without: Sequence[Kept], example: Sequence[torch.
     """What the model gives; None if it cannot be run so."""
     try:
         with dropped(without), as_for_inference(model), torch.no_grad():
-            return tensor_leaves(model(*example))
+            buffers = {n: b.clone() for n, b in model.named_buffers()}  # which forward may write to
+            return tensor_leaves(torch.func.functional_call(model, buffers, tuple(example)))
     except Exception:
         return None

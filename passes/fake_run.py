@@ -11,13 +11,28 @@ from torch._dispatch.python import enable_python_dispatcher
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from .capture import TRACING, quiet
+from .changes import version
 from .leave_as_found import as_for_inference
 from .symbolic_recurrence import symbolic_recurrence
 
 
 @contextlib.contextmanager
 def on_fake_tensors(model: nn.Module) -> Iterator[None]:
-    """Tensors that are made in here compute nothing, also when the model runs on them."""
+    """Tensors that are made in here compute nothing, also when the model runs on them. What it writes to its buffers,
+    which are real, is taken back."""
+    before = [(b, version(b), b.detach().clone()) for b in model.buffers()]
+    try:
+        with _fake(model):
+            yield
+    finally:
+        with torch.no_grad():
+            for buffer, count, content in before:
+                if version(buffer) != count:
+                    buffer.copy_(content)
+
+
+@contextlib.contextmanager
+def _fake(model: nn.Module) -> Iterator[None]:
     with (
         TRACING,
         FakeTensorMode(allow_non_fake_inputs=True),

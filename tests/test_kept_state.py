@@ -116,7 +116,8 @@ class Property(Attention):
         return self.rows[:frames, :frames]
 
 
-NETS = [ByFunction, ByMethod, InFile, InClass, InModule, InObject, InBuffer, Property]
+SLOW = [pytest.param(net, marks=pytest.mark.slow) for net in (ByMethod, InClass, InModule, Property)]
+NETS = [ByFunction, InFile, InObject, InBuffer, *SLOW]
 
 
 def everything_kept(model: nn.Module) -> dict[str, Any]:

@@ -261,3 +261,7 @@ def test_gradients_through_steps_within_torch_compile() -> None:
         step.model.zero_grad()
         step.model(x)[:, :, : len(parts)].square().sum().backward()
     torch.testing.assert_close(got, step.model.first.weight.grad, rtol=1e-4, atol=1e-5)
+    step.clean_state()
+    torch._dynamo.reset()
+    with torch.enable_grad(), pytest.raises(torch._dynamo.exc.Unsupported, match="without gradients"):
+        torch.compile(step.forward_step, fullgraph=True, backend="eager")(x[:, :, 0])
