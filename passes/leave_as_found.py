@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils._python_dispatch import _disable_current_modes
 
 DEPTH = 2  # so deep a module's lists, dicts and objects are looked into
 Container = dict[Any, Any] | list[Any]
@@ -31,6 +32,9 @@ def as_for_inference(model: nn.Module) -> Iterator[None]:
     """The module in eval mode, remembering nothing; afterwards each submodule has its mode, attributes and buffers
     again as they were, and what they hold is held again."""
     before = [(m, m.training, dict(m.__dict__), _own_buffers(m)) for m in model.modules()]
+    given = [p for p in model.parameters() if not isinstance(p, nn.parameter.UninitializedParameter)]
+    with _disable_current_modes():
+        data = [(p, p.detach()) for p in given]
     held = [(c, list(c) if isinstance(c, list) else dict(c)) for c in containers(model)]
     fastpath = torch.backends.mha.get_fastpath_enabled()
     try:
@@ -51,6 +55,10 @@ def as_for_inference(model: nn.Module) -> Iterator[None]:
             m.__dict__.update(attributes)
         for container, content in held:
             hold(container, content)
+        with _disable_current_modes():
+            for parameter, values in data:
+                if parameter.data_ptr() != values.data_ptr():  # its ``data`` was replaced
+                    parameter.data = values
         torch.backends.mha.set_fastpath_enabled(fastpath)
 
 

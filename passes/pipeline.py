@@ -208,8 +208,8 @@ def compile_plan(
 
     try:
         captured = capture(model, example, clock, ticks, batch)
-    except CaptureError:
-        if (plan := anew()) is not None:
+    except CaptureError as error:
+        if not error.always and (plan := anew()) is not None:
             return plan
         raise
     graph, facts, constants = _understand(model, captured, clock, context)

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 import cofx
+from cofx.passes.codegen.constants import Constants
 from contract import compile_case, run_check
 from models import Sample
 
@@ -176,17 +177,29 @@ def test_a_list_of_what_was_seen() -> None:
     assert model.seen == [] and model.calls == 0
 
 
-def test_a_mask_that_is_filled_entry_by_entry() -> None:
-    """Hundreds of writes, one upon the other, are followed without recursion; the mask is the clip's own."""
+def test_a_model_that_replaces_its_parameters_is_refused_and_left_alone() -> None:
+    """Weights that are normed anew in each call, by their ``data``."""
 
-    class Filled(Attention):
-        def triangle(self, frames: int) -> torch.Tensor:
-            mask = torch.ones(frames, frames)
-            for i in range(frames):
-                for j in range(frames):
-                    if j > i or i - j > 3:
-                        mask[i, j] = 0
-            return mask
+    class Normed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.randn(4, 4) * 5)
 
-    step = cofx.compile(Filled().eval(), clip := torch.randn(1, 4, 20))
-    assert step.equivalence == "clip" and step.verify(clip)
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            self.weight.data = torch.renorm(self.weight.data, p=2, dim=0, maxnorm=1)
+            return torch.einsum("oc,bct->bot", self.weight, x)
+
+    model, clip = Normed().eval(), torch.randn(2, 4, 12)
+    before = model.weight.detach().clone()
+    with pytest.raises(cofx.CaptureError, match="changes its parameters"):
+        cofx.compile(model, clip)
+    assert torch.equal(model.weight, before)
+
+
+def test_a_constant_that_is_made_in_thousands_of_steps() -> None:
+    """A mask that is filled entry by entry, say: it is followed without recursion."""
+    graph = torch.fx.Graph()
+    node = graph.get_attr("one")
+    for _ in range(3000):
+        node = graph.call_function(torch.ops.aten.add.Tensor, (node, 1))
+    assert Constants({"one": torch.ones(())}, set()).value(node) == 3001
