@@ -12,7 +12,7 @@ from torch import nn
 
 from .passes.capture import Clock
 from .passes.errors import raised_at
-from .passes.leave_as_found import as_for_inference
+from .passes.leave_as_found import run
 from .passes.pipeline import Plan
 from .runtime.errors import InputError
 
@@ -49,10 +49,8 @@ def make_clock(
 
 def check_runs(model: nn.Module, example: Sequence[torch.Tensor]) -> None:
     """Raise `InputError` if the model itself, offline, does not take this example."""
-    buffers = {n: b.clone() for n, b in model.named_buffers()}  # which forward may write to
     try:
-        with torch.no_grad(), as_for_inference(model):
-            torch.func.functional_call(model, buffers, tuple(example))
+        run(model, example)
     except Exception as error:
         inputs = ", ".join(f"{tuple(x.shape)} of {x.dtype}".replace("torch.", "") for x in example)
         told = (str(error).strip().splitlines() or [""])[0][:500]

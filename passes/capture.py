@@ -41,7 +41,7 @@ from .errors import CaptureError, raised_at
 from .functionalize import functionalize, needs_functionalization
 from .inline_regions import inline_regions
 from .known_values import KnownValues
-from .leave_as_found import as_for_inference
+from .leave_as_found import as_for_inference, run
 from .record_calls import record_calls
 from .reference import Reference
 from .registry import entry, find_rule
@@ -205,8 +205,7 @@ def _make_known(model: nn.Module, inputs: tuple[torch.Tensor, ...]) -> bool:
 
     It then takes them apart, as it does tuples and dicts, in this process.
     """
-    with as_for_inference(model), torch.no_grad():
-        waiting, new = [model(*inputs)], False
+    waiting, new = [run(model, inputs)], False
     while waiting:
         value = waiting.pop()
         if dataclasses.is_dataclass(value) and not isinstance(value, type):

@@ -16,7 +16,7 @@ from torch import nn
 
 from .capture import tensor_leaves
 from .fake_run import on_fake_tensors
-from .leave_as_found import as_for_inference, containers, hold
+from .leave_as_found import containers, hold, run
 
 
 @dataclass(frozen=True)
@@ -108,8 +108,7 @@ def ways_without(model: nn.Module, kept: Sequence[Kept], example: Sequence[torch
 def _results(model: nn.Module, without: Sequence[Kept], example: Sequence[torch.Tensor]) -> list[Any] | None:
     """What the model gives; None if it cannot be run so."""
     try:
-        with dropped(without), as_for_inference(model), torch.no_grad():
-            buffers = {n: b.clone() for n, b in model.named_buffers()}  # which forward may write to
-            return tensor_leaves(torch.func.functional_call(model, buffers, tuple(example)))
+        with dropped(without):
+            return tensor_leaves(run(model, example))
     except Exception:
         return None

@@ -12,7 +12,7 @@ import contextlib
 import functools
 import sys
 import types
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -62,6 +62,13 @@ def as_for_inference(model: nn.Module) -> Iterator[None]:
         torch.backends.mha.set_fastpath_enabled(fastpath)
 
 
+def run(model: nn.Module, inputs: Sequence[torch.Tensor]) -> Any:
+    """What a model gives offline; its buffers, which forward may write to, are left alone as well."""
+    buffers = {n: b.clone() for n, b in model.named_buffers()}
+    with torch.no_grad(), as_for_inference(model):
+        return torch.func.functional_call(model, buffers, tuple(inputs))
+
+
 def _own_buffers(module: nn.Module) -> dict[str, torch.Tensor | None]:
     return {} if isinstance(module, torch.jit.ScriptModule) else dict(module._buffers)
 
@@ -106,11 +113,12 @@ def _attributes(value: Any) -> dict[str, Any] | None:
 
 def hold(container: Container, content: Container) -> None:
     """Let a container hold these again."""
+    if same(container, content):
+        return
+    container.clear()
     if isinstance(container, list):
-        if not same(container, content):
-            container[:] = content
-    elif not same(container, content):
-        container.clear()
+        container.extend(content)
+    else:
         container.update(content)
 
 
