@@ -56,12 +56,12 @@ class MidStream:
         The short way is there in mid-stream, for frames of shapes that were accepted before.
         """
         compiled, count, batch = self.compiled, state.count, state.batch
-        if count < compiled.steady_from or not self._accepts(frames, batch) or _watched():
+        traced = torch.compiler.is_dynamo_compiling()  # its own kernels fit with histories that are whole
+        if count < compiled.steady_from or not self._accepts(frames, batch) or (not traced and _watched()):
             return None
         gradients = torch.is_grad_enabled()
         if gradients and not compiled.folded():
             return None
-        traced = torch.compiler.is_dynamo_compiling()  # its own kernels fit with histories that are whole
         if traced and not fits(compiled.handle):
             return None
         if not traced:
@@ -104,20 +104,23 @@ class MidStream:
     ) -> tuple[list[list[torch.Tensor]], StreamState] | None:
         """The frames of each output and the state after a chunk, as steps of a backend that keeps the state itself.
 
-        None where that backend is not there, or one program with time as batch is faster: as it is but for pictures,
-        whose chunks are three-dimensional convolutions.
+        None where that backend is not there, or one program with time as batch is faster. Pictures are not, whose
+        chunks are three-dimensional convolutions; nor is what stays in the caches, and is one call for each step.
         """
         compiled, spec = self.compiled, self.compiled.spec
         frames = spec.frame(chunks)
-        if self.backend == "eager" or not self._pictures or state.count < compiled.steady_from:
+        if self.backend == "eager" or state.count < compiled.steady_from:
             return None
         if _watched() or not compiled.folded():
             return None
         if torch.is_grad_enabled() and (any(x.requires_grad for x in chunks) or state.requires_grad):
             return None
+        shapes = tuple(x.shape for x in frames)
+        if not self._pictures and shapes not in self._chosen:
+            return None
         compiled.notice()
-        home = self._homes.get((self.prepare(frames, state.batch), tuple(x.shape for x in frames)))
-        if home is None:
+        home = self._homes.get((self.prepare(frames, state.batch), shapes))
+        if home is None or not (self._pictures or home.small):
             return None
         parts: list[list[torch.Tensor]] = [[] for _ in compiled.plan.outputs]
         here = state.leave()  # steps write over what is older than the step before
@@ -322,9 +325,7 @@ class MidStream:
 
 def _watched() -> bool:
     """Whether somebody looks on at the operations (a counter), or changes them (autocast)."""
-    return not torch.compiler.is_dynamo_compiling() and (
-        _dispatch_modes() > 0 or _function_modes() > 0 or _autocast("cpu")
-    )
+    return _dispatch_modes() > 0 or _function_modes() > 0 or _autocast("cpu")
 
 
 _dispatch_modes, _function_modes = torch._C._len_torch_dispatch_stack, torch._C._len_torch_function_stack

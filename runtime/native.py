@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch
 
 from .resident import Resident
 
+SMALL = 1 << 20  # bytes of constants and state that stay in the caches from step to step
 OUTSIDE = "an index among the inputs lies outside of what it chooses from; the stream is where it was"
 Result = tuple[tuple[int, ...], torch.dtype]  # the shape and the dtype of an output
 
@@ -28,6 +30,7 @@ class Ring:
         frames: how many are kept.
         slots: places for frames: so many more as a step adds.
         order: of a frame's dimensions, the outermost first (`axis` left out).
+        margin: for each dimension the zeros before and behind the entries of a frame; none where `axis` is given.
     """
 
     parts: tuple[int, ...]
@@ -37,19 +40,22 @@ class Ring:
     frames: int
     slots: int
     order: tuple[int, ...]
+    margin: tuple[tuple[int, int], ...] = ()
+
+    @property
+    def sizes(self) -> list[int]:
+        """Those of a frame's dimensions, as they lie, margins included."""
+        return [self.shape[d] + (sum(self.margin[d]) if self.margin else 0) for d in self.order]
 
     @property
     def size(self) -> int:
         """Numbers of a frame."""
-        size = 1
-        for d in self.order:
-            size *= self.shape[d]
-        return size
+        return prod(self.sizes)
 
     def allocate(self) -> torch.Tensor:
         """Memory for it: ``[places, frame...]``."""
         places = self.slots if self.axis is None else 2 * self.slots
-        return torch.zeros([places, *(self.shape[d] for d in self.order)], dtype=self.dtype)
+        return torch.zeros([places, *self.sizes], dtype=self.dtype)
 
     def _window(self, memory: torch.Tensor, start: int) -> torch.Tensor:
         """All frames, in the part's own order of dimensions."""
@@ -58,7 +64,10 @@ class Ring:
         return memory[start : start + self.frames].permute([order.index(d) for d in range(len(order))])
 
     def _frame(self, memory: torch.Tensor, place: int) -> torch.Tensor:
-        return memory[place % self.slots].permute([self.order.index(d) for d in range(len(self.order))])
+        frame = memory[place % self.slots].permute([self.order.index(d) for d in range(len(self.order))])
+        for d, (before, _) in enumerate(self.margin):
+            frame = frame.narrow(d, before, self.shape[d])
+        return frame
 
     def write(self, memory: torch.Tensor, parts: Sequence[torch.Tensor]) -> None:
         """Put parts at the front of the ring."""
@@ -115,6 +124,7 @@ class NativeResidence:
         self.table = ctypes.c_void_p(ctypes.addressof(self.pointers))
         self.runs = [self._function(phase, outputs, frames) for phase, outputs in enumerate(results)]
         self.live: tuple[Resident | None, Resident | None] = None, None
+        self.small = sum(x.nbytes for x in (*self.memory, *constants)) <= SMALL
 
     def load(self, parts: Sequence[torch.Tensor]) -> Resident:
         """Take in a state."""

@@ -14,7 +14,12 @@ class Residence(Protocol):
     The state of a program is a row of parts: a frame of a history, or a whole state. One stream at a time lives here.
     A step writes beside the state, never over it, so that a call that fails, or whose result is not kept, has changed
     nothing: what `step` returns is valid until the second `step` after it.
+
+    Attributes:
+        small: a step takes less time than several of them save as one program.
     """
+
+    small: bool
 
     def load(self, parts: Sequence[torch.Tensor]) -> Resident:
         """Take in a state."""

@@ -95,6 +95,8 @@ class SessionResidence:
     Where a state is here: the number of the buffer of each part.
     """
 
+    small = False  # a call of a session takes as long as a small net
+
     def __init__(
         self,
         programs: Sequence[SessionProgram],

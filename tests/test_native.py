@@ -148,6 +148,62 @@ def test_products_of_all_sizes(dtype):
         torch.testing.assert_close(step.forward_step(x), want, **near)
 
 
+class Block(nn.Module):
+    """Pictures in time: what is padded, taps that are summed up, and what follows a convolution entry by entry."""
+
+    def __init__(self, channels, inner, kernel, stride, groups):
+        super().__init__()
+        pad = [k // 2 for k in kernel]
+        self.grow = nn.Conv3d(channels, inner, 1)
+        self.taps = nn.Conv3d(inner, inner, kernel, (1, stride, stride), (0, *pad[1:]), groups=groups or inner)
+        self.norm = nn.BatchNorm3d(inner)
+        self.shrink = nn.Conv3d(inner, channels, 1)
+        self.beside = nn.Conv3d(channels, channels, 1, (1, stride, stride))
+        self.late = kernel[0] - 1
+
+    def forward(self, x):
+        y = self.norm(self.taps(self.grow(x).relu()))
+        return (self.shrink(y * y.sigmoid()) + self.beside(x)[:, :, self.late :]).relu()
+
+
+PICTURES = {  # channels of the pictures, blocks, height and width
+    "depthwise": (5, [(5, 54, (3, 3, 3), 2, 0), (5, 19, (3, 5, 3), 1, 0)], (11, 9)),
+    "grouped": (8, [(8, 12, (2, 3, 3), 1, 4), (8, 6, (3, 1, 5), 2, 3)], (6, 13)),
+    "dense": (3, [(3, 40, (3, 3, 3), 2, 1), (3, 24, (1, 3, 3), 1, 1)], (9, 16)),
+    "long sums": (16, [(16, 96, (9, 3, 3), 1, 1)], (14, 15)),  # in parts, whose rows are taken in blocks
+    "many weights": (70, [(70, 320, (2, 1, 1), 1, 1)], (4, 5)),
+}
+
+
+@pytest.mark.parametrize("name", PICTURES)
+@torch.no_grad()
+def test_pictures(name):
+    torch.manual_seed(0)
+    channels, blocks, size = PICTURES[name]
+    model = nn.Sequential(*(Block(*b) for b in blocks)).eval()
+    clip = torch.randn(2, channels, 16, *size)
+    step = cofx.compile(model, clip, backend="c")
+    due = [y for x in clip.unbind(2) if (y := step.forward_step(x)) is not None]
+    assert set(step.compiled.mid_stream._chosen.values()) == {"c"}
+    torch.testing.assert_close(torch.stack(due, 2), model(clip), rtol=1e-4, atol=1e-5)
+    other = cofx.compile(model, clip)  # goes on from there, eagerly
+    other.set_state(step.get_state())
+    torch.testing.assert_close(
+        other.forward_step(clip[:, :, 0]), step.forward_step(clip[:, :, 0]), rtol=1e-4, atol=1e-5
+    )
+
+
+@torch.no_grad()
+def test_zeros_around_pictures_stay_zeros_in_all_phases():
+    torch.manual_seed(0)
+    first, then = nn.Conv3d(3, 9, (2, 3, 3), (2, 1, 1), (0, 1, 1)), nn.Conv3d(9, 4, (3, 3, 5), (3, 2, 1), (0, 1, 2))
+    model = nn.Sequential(first, nn.ReLU(), then, nn.AvgPool3d((1, 3, 3), 1, (0, 1, 1))).eval()
+    clip = torch.randn(1, 3, 66, 20, 17)
+    step = cofx.compile(model, clip, backend="c")
+    due = [y for x in clip.unbind(2) if (y := step.forward_step(x)) is not None]
+    torch.testing.assert_close(torch.stack(due, 2), model(clip), rtol=1e-4, atol=1e-5)
+
+
 @torch.no_grad()
 def test_functions_are_right_and_let_nan_and_infinities_through():
     functions = (torch.exp, torch.tanh, torch.sigmoid, torch.erf, torch.relu, torch.sign, torch.round)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import operator
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import prod
 from typing import Any
@@ -11,15 +12,16 @@ from typing import Any
 import torch
 from torch import fx
 
-from ...canonicalize import bind
+from ...canonicalize import bind, listed
 from ...errors import CompileError
 from ...registry import is_pointwise
 from . import views
-from .expressions import Call, Expression, Load, Number, Value, factors_of
+from .expressions import Call, Dot, Expression, Load, Number, Value, dots_of, factors_of, replaced
+from .kernels import Kernels
 from .operators import COMPARISONS, DIVISIONS, FLOATS, LOGICAL, TYPES, base_name, operator_text
-from .products import Kernels
-from .statements import Arg, Check, Copy, Reduce, Scan, Store
-from .views import Buffer, Change, NoView, View, contiguous
+from .products import Target, natural
+from .statements import Arg, Check, Copy, Lines, Reduce, Scan, Store
+from .views import Buffer, Change, Margin, NoView, View, contiguous
 
 
 class NativeError(CompileError):
@@ -43,37 +45,55 @@ class Code:
     """A C function in the making.
 
     Attributes:
-        lines: its body.
+        kernels: what it calls.
+        statements: its body.
         scratch: buffers for what is in between.
+        loops: loop nests so far.
     """
 
     kernels: Kernels
-    lines: list[str] = field(default_factory=list)
+    statements: list[Lines] = field(default_factory=list)
     scratch: list[Buffer] = field(default_factory=list)
     loops: int = 0
 
-    def room(self, dtype: torch.dtype, size: int) -> Buffer:
-        """A buffer for what is in between."""
-        self.scratch.append(Buffer(f"t{len(self.scratch)}", dtype, size))
-        return self.scratch[-1]
+    def room(
+        self, dtype: torch.dtype, shape: Sequence[int], order: Sequence[int], margin: Margin | None = None,
+        zeros: bool = False,
+    ) -> View:  # fmt: skip
+        """A buffer for what is in between.
+
+        Args:
+            dtype: of its entries.
+            shape: of the tensor.
+            order: of its dimensions.
+            margin: around it, of zeros.
+            zeros: what is not written is zero.
+        """
+        self.scratch.append(views.buffer(f"t{len(self.scratch)}", dtype, shape, order, margin, zeros))
+        return views.ordered(self.scratch[-1], shape, order, margin)
 
     def add(self, statement: Store | Reduce | Check | Copy | Arg | Scan) -> None:
         """The next statement."""
-        self.lines += statement.lines()
+        self.statements.append(Lines(statement.lines()))
         self.loops += 1
 
 
 class Builder:
     """The values of a graph, and the statements that compute them."""
 
-    def __init__(self, code: Code, forms: Mapping[Any, Form]) -> None:
+    def __init__(self, code: Code, forms: Mapping[Any, Form], graph: fx.Graph, homes: Mapping[fx.Node, View]) -> None:
         """
         Args:
             code: what statements are added to.
             forms: those of ops.
+            graph: what is built.
+            homes: places where nodes belong.
         """
-        self.code, self.forms = code, forms
+        self.code, self.forms, self.homes = code, forms, homes
+        self.margins = margins(graph)
+        self.place = {n: i for i, n in enumerate(graph.nodes)}
         self.env: dict[fx.Node, Any] = {}
+        self.came: dict[fx.Node, list[int]] = {}  # the order in which came about what is at home somewhere
 
     # -- values --------------------------------------------------------------------------------------------------------
 
@@ -89,30 +109,71 @@ class Builder:
         found = value.view
         return found if found is not None else self.put(value, name)
 
-    def put(self, value: Value, name: str, order: Sequence[int] | None = None) -> View:
-        """Compute a tensor into a buffer of its own, in the order in which it comes about (or a given one)."""
+    def put(self, value: Value, name: str, order: Sequence[int] | None = None, margin: Margin | None = None) -> View:
+        """Compute a tensor into a buffer of its own.
+
+        Args:
+            value: the tensor.
+            name: for the reader.
+            order: of its dimensions, or None for the one in which it comes about.
+            margin: around it, of zeros.
+        """
         lies = value.view
-        if lies is not None and lies.buffer is not None and lies.buffer.tensor is not None:
+        if lies is not None and lies.buffer is not None and lies.buffer.tensor is not None and margin is None:
             return contiguous(self.code.kernels.hold(lies), value.shape)
-        room = self.code.room(value.dtype, max(1, prod(value.shape)))
-        if order is not None:
-            to = views.ordered(room, value.shape, order)
+        if order is not None or margin is not None:
+            to = self.code.room(value.dtype, value.shape, order or self.order(value), margin)
         else:
-            leaves = [v for v in value.expression.leaves() if v.buffer is not None]
-            try:
-                to = _alike(room, value.shape, leaves)
-            except NoView:
-                to = contiguous(room, value.shape)
+            to = self.code.room(value.dtype, value.shape, range(len(value.shape)))
+            with contextlib.suppress(NoView):
+                to = _alike(to, value.shape, self.lie(value))
         self.store(value, to, name)
         return to
 
+    def lie(self, value: Value) -> list[View]:
+        """How what a tensor is made of lies: views of its shape."""
+        return _lie(value, self.code.kernels.target)
+
+    def order(self, value: Value) -> list[int]:
+        """The order of dimensions in which most of a tensor lies, the outermost first."""
+        leaves, rank = self.lie(value), len(value.shape)
+        if not leaves:
+            return list(range(rank))
+        first = max(leaves, key=_extent)
+        return sorted(range(rank), key=lambda d: -abs(first.dims[d][-1][1]) if first.dims[d] else -(1 << 62))
+
     def store(self, value: Value, to: View, name: str) -> None:
         """Compute a tensor into a place."""
-        if prod(value.shape):
-            self.code.add(Store(value, to, name))
+        if not prod(value.shape):
+            return
+        dots = sorted(dots_of(value.expression), key=lambda dot: -len(dot.pairs))
+        for dot in dots[1:]:
+            value = self._put_dot(value, dot)
+        if dots:
+            dot = dots[0]
+            try:
+                self._product(value, dot, to, name)
+                return
+            except NoView:
+                value = self._put_dot(value, dot)
+        self.code.add(Store(value, to, name))
+
+    def _put_dot(self, value: Value, dot: Dot) -> Value:
+        """The same expression with a sum of products computed already."""
+        alone = Value(value.shape, dot)
+        to = self.code.room(dot.dtype, value.shape, range(len(value.shape)))
+        to = _alike(to, value.shape, [natural(dot, value.shape, self.code.kernels.target)])
+        self._product(alone, dot, to, dot.name)
+        return Value(value.shape, replaced(value.expression, dot, Load(to, dot.dtype)))
+
+    def _product(self, value: Value, dot: Dot, to: View, name: str) -> None:
+        self.code.statements.append(self.code.kernels.compute(value, dot, to, name))
+        self.code.loops += 1
 
     def changed(self, value: Value, change: Change, shape: Sequence[int], name: str) -> Value:
         """Another order, or choice, of a tensor's entries; a copy if there is no other way."""
+        if prod(shape) > prod(value.shape):
+            value = self.simple(value, name)
         try:
             return Value(tuple(shape), value.expression.through(change))
         except NoView:
@@ -121,9 +182,11 @@ class Builder:
 
     def spread(self, value: Value, shape: Sequence[int]) -> Value:
         """A tensor as it broadcasts to a shape."""
-        return (
-            value if value.shape == tuple(shape) else Value(tuple(shape), value.expression.through(views.expand(shape)))
-        )
+        if value.shape == tuple(shape):
+            return value
+        if prod(shape) > prod(value.shape):
+            value = self.simple(value, "spread")
+        return Value(tuple(shape), value.expression.through(views.expand(shape)))
 
     def fitting(self, values: Sequence[Value], shape: Sequence[int], name: str) -> list[Value]:
         """Tensors of one shape that loops can walk through together."""
@@ -180,6 +243,20 @@ class Builder:
         """The same, computed already."""
         return x if x.simple else Value(x.shape, Load(self.put(x, name), x.dtype))
 
+    def sum(self, x: Value, y: Value, shape: Sequence[int], dtype: torch.dtype, name: str) -> Value:
+        """``x + y``, in which sums of products of one kind are one."""
+        parts = [*_addends(x.expression), *_addends(y.expression)]
+        dots = [e for e in parts if isinstance(e, Dot)]
+        alike = [e for e in dots[1:] if dots[0].joins(e)]
+        if not alike or dtype not in FLOATS or x.shape != y.shape or any(e.dtype != dtype for e in parts):
+            return self.call("{0} + {1}", [x, y], shape, dtype, dtype, name)
+        pairs = tuple(pair for e in (dots[0], *alike) for pair in e.pairs)
+        total: Expression = Dot(pairs, dots[0].k, dtype, f"{dots[0].name} to {alike[-1].name}")
+        for e in parts:
+            if e is not dots[0] and not any(e is z for z in alike):
+                total = Call("{0} + {1}", (total, e), dtype, dtype)
+        return Value(tuple(shape), total)
+
     def divides(self, divisor: Any, node: fx.Node) -> None:
         """See that an integer divisor is no zero, of which a processor makes an end of the process.
 
@@ -201,21 +278,48 @@ class Builder:
         if isinstance(out, torch.Tensor) and out.dtype not in TYPES:
             raise NoForm(str(node.target), f"gives {out.dtype}")
         if form is not None:
-            found = form(self, node, bind(node.target, node.args, node.kwargs))
+            try:
+                found = form(self, node, bind(node.target, node.args, node.kwargs))
+            except NoView:
+                raise NoForm(str(node.target), "on operands that lie in different ways") from None
         elif is_pointwise(node.target):
             found = self._pointwise(node)
         else:
             raise NoForm(str(node.target))
         if isinstance(found, Value):
             assert found.shape == tuple(out.shape), (node, found.shape, out.shape)
-            found = self._settled(found, node)
+            found = self.settled(found, node)
         self.env[node] = found
 
-    def _settled(self, value: Value, node: fx.Node) -> Value:
-        """What more than one reader needs is computed once."""
-        if value.simple or (_uses(node) <= 1 and _size(value.expression) <= 24):
+    def settled(self, value: Value, node: fx.Node) -> Value:
+        """What belongs somewhere, or more than one reader needs, is computed; the rest once somebody asks for it."""
+        if (home := self.homes.get(node)) is not None:
+            self.came[node] = self.order(value)
+            self.store(value, home, node.name)
+            return Value(value.shape, Load(home, value.dtype))
+        if value.simple:
             return value
-        return Value(value.shape, Load(self.put(value, node.name), value.dtype))
+        joins = self._meets(node) or _uses(node) <= 1
+        if joins and _size(value.expression) <= 24 and (not dots_of(value.expression) or self._walked(node)):
+            return value
+        to = self.put(value, node.name, margin=self.margins.get(node))
+        return Value(value.shape, Load(to, value.dtype))
+
+    def _meets(self, node: fx.Node) -> bool:
+        """Whether all that reads a node is computed entry by entry, and comes together again soon."""
+        shape, front = node.meta["val"].shape, set(node.users)
+        for _ in range(4):
+            if not all(_entrywise(n) and n.meta["val"].shape == shape and n not in self.homes for n in front):
+                return False
+            if len(front) <= 1:
+                return True
+            first = min(front, key=self.place.__getitem__)
+            front = front - {first} | set(first.users)
+        return False
+
+    def _walked(self, node: fx.Node) -> bool:
+        """Whether what reads a node asks for each entry once, where a sum of products may wait."""
+        return all(_entrywise(n) or n.target in _MOVES or n.op == "output" for n in node.users)
 
     def _pointwise(self, node: fx.Node) -> Value:
         op, _ = base_name(node.target)
@@ -233,6 +337,16 @@ class Builder:
         return self.pointwise(op, given, node, within)
 
 
+aten = torch.ops.aten
+_ENTRYWISE = (
+    aten.add.Tensor, aten.add.Scalar, aten.sub.Tensor, aten.sub.Scalar, aten.rsub.Scalar, aten.rsub.Tensor,
+    aten.clamp.default, aten.clamp_min.default, aten.clamp_max.default, aten.where.self, aten._to_copy.default,
+)  # fmt: skip
+_MOVES = (
+    aten.view.default, aten.reshape.default, aten._unsafe_view.default, aten.squeeze.default, aten.squeeze.dim,
+    aten.squeeze.dims, aten.unsqueeze.default, aten.alias.default, aten.clone.default, aten.permute.default,
+    aten.transpose.int, aten.t.default, aten.slice.Tensor, aten.select.int, aten.cat.default,
+)  # fmt: skip
 Form = Callable[[Builder, fx.Node, dict[str, Any]], Any]
 FORMS: dict[Any, Form] = {}
 
@@ -263,13 +377,48 @@ def _kind(x: Any) -> torch.dtype:
     return torch.bool if isinstance(x, bool) else torch.int64 if isinstance(x, int) else torch.float32
 
 
-def _alike(room: Buffer, shape: Sequence[int], leaves: Sequence[View]) -> View:
-    """A tensor without gaps that lies as most of what it is made of."""
+def _extent(view: View) -> int:
+    """Entries that are not repeated."""
+    return prod(n for dim in view.dims for n, s in dim if s)
+
+
+def _lie(value: Value, target: Target) -> list[View]:
+    """The views that an expression is made of; for a sum of products how it comes about."""
+
+    def leaves(e: Expression) -> Iterator[View]:
+        if isinstance(e, Dot):
+            yield natural(e, value.shape, target)
+        elif isinstance(e, Call):
+            for x in e.given:
+                yield from leaves(x)
+        else:
+            yield from e.leaves()
+
+    return [v for v in leaves(value.expression) if v.buffer is not None]
+
+
+def _addends(e: Expression) -> list[Expression]:
+    """What is summed up."""
+    if isinstance(e, Call) and e.text == "{0} + {1}" and e.dtype == e.within:
+        return [y for x in e.given for y in _addends(x)]
+    return [e]
+
+
+def _entrywise(node: fx.Node) -> bool:
+    return node.op == "call_function" and (is_pointwise(node.target) or node.target in _ENTRYWISE)
+
+
+def _alike(room: View, shape: Sequence[int], leaves: Sequence[View]) -> View:
+    """A tensor without gaps that lies as most of what it is made of, in the buffer of a view.
+
+    Raises:
+        NoView: they have no factors in common.
+    """
     if not leaves:
-        return contiguous(room, shape)
+        return room
     sizes = factors_of(shape, leaves)
-    first = max(leaves, key=lambda v: prod(n for dim in v.dims for n, s in dim if s))
-    strides = [views.split(dim, s) if dim else [0] * len(s) for dim, s in zip(first.dims, sizes, strict=True)]
+    first = max(leaves, key=_extent)
+    strides = views.strides_in(first, sizes)
     places = [(d, i) for d, s in enumerate(sizes) for i in range(len(s))]
     # what is repeated goes outside, in its order
     places.sort(key=lambda p: -abs(strides[p[0]][p[1]]) or -(1 << 62))
@@ -279,7 +428,29 @@ def _alike(room: Buffer, shape: Sequence[int], leaves: Sequence[View]) -> View:
         made[d, i] = stride
         stride *= sizes[d][i]
     dims = [views.joined((n, made[d, i]) for i, n in enumerate(s)) for d, s in enumerate(sizes)]
-    return View(room, 0, tuple(dims))
+    return View(room.buffer, 0, tuple(dims))
+
+
+def margins(graph: fx.Graph) -> dict[fx.Node, Margin]:
+    """What is padded with zeros, and by how much: it is kept with room around it."""
+    found: dict[fx.Node, Margin] = {}
+    for node in graph.nodes:
+        if node.op != "call_function" or not isinstance(source := node.args[0] if node.args else None, fx.Node):
+            continue
+        sides: list[tuple[int, int]] = []
+        if node.target is aten.convolution.default and not node.args[6]:
+            n = node.meta["val"].dim() - 2
+            sides = [(p, p) for p in listed(node.args[4], n)]
+        elif node.target is aten.constant_pad_nd.default and (len(node.args) < 3 or node.args[2] == 0):
+            pad: Any = node.args[1]
+            sides = [(pad[i], pad[i + 1]) for i in range(0, len(pad), 2)][::-1]
+        if not any(map(any, sides)) or min(map(min, sides)) < 0:
+            continue
+        rank = source.meta["val"].dim()
+        whole = [(0, 0)] * (rank - len(sides)) + sides
+        before = found.get(source, ((0, 0),) * rank)
+        found[source] = tuple((max(a, x), max(b, y)) for (a, b), (x, y) in zip(before, whole, strict=True))
+    return found
 
 
 def dim_of(dim: int, rank: int) -> int:
@@ -290,13 +461,3 @@ def dims_of(dims: Any, rank: int) -> tuple[int, ...]:
     if dims is None or dims == []:
         return tuple(range(rank))
     return tuple(sorted({d % rank for d in ([dims] if isinstance(dims, int) else dims)})) if rank else ()
-
-
-def order_of(value: Value) -> list[int]:
-    """The order of dimensions in which most of a tensor lies, the outermost first."""
-    leaves = [v for v in value.expression.leaves() if v.buffer is not None]
-    rank = len(value.shape)
-    if not leaves:
-        return list(range(rank))
-    first = max(leaves, key=lambda v: prod(n for dim in v.dims for n, s in dim if s))
-    return sorted(range(rank), key=lambda d: -abs(first.dims[d][-1][1]) if first.dims[d] else -(1 << 62))

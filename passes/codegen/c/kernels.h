@@ -10,6 +10,17 @@
 #define INLINE static inline
 #endif
 
+/* A vector that several products take: without this, compilers load it anew for each. */
+#if defined(__GNUC__) && defined(__AVX512F__)
+#define IN_REGISTER(v) __asm__("" : "+v"(v))
+#elif defined(__GNUC__) && defined(__x86_64__)
+#define IN_REGISTER(v) __asm__("" : "+x"(v))
+#elif defined(__GNUC__) && defined(__aarch64__)
+#define IN_REGISTER(v) __asm__("" : "+w"(v))
+#else
+#define IN_REGISTER(v) (void)0
+#endif
+
 INLINE float float_of_bits(int32_t i) { float x; memcpy(&x, &i, sizeof x); return x; }
 
 /* NaN goes through all of these, as in PyTorch. */
@@ -31,8 +42,8 @@ INLINE int64_t floor_div_i(int64_t a, int64_t b) { int64_t q = a / b; return a %
 /* e^x = 2^n e^r, |r| <= log(2) / 2; 2^n in two factors, so that results below the least normal number come out too. */
 INLINE float exp_f(float x)
 {
-    float y = x > 89.0f ? 89.0f : x;
-    y = y < -105.0f ? -105.0f : y;
+    float y = x < 89.0f ? x : 89.0f; /* so written one instruction; NaN comes back in the end */
+    y = y > -105.0f ? y : -105.0f;
     float n = rintf(y * 1.44269504f);
     float r = (y - n * 0.693359375f) + n * 2.12194440e-4f;
     float p = 0.000198992871446535f;
@@ -42,12 +53,29 @@ INLINE float exp_f(float x)
     p = p * r + 0.1666666716337204f;
     p = p * r + 0.5f;
     p = p * r * r + r + 1.0f;
-    int32_t k = (int32_t)(n == n ? n : 0.0f), half = k / 2;
-    return p * float_of_bits((half + 127) * (1 << 23)) * float_of_bits((k - half + 127) * (1 << 23));
+    int32_t k = (int32_t)n, half = k / 2;
+    float z = p * float_of_bits((half + 127) * (1 << 23)) * float_of_bits((k - half + 127) * (1 << 23));
+    return x != x ? x : z;
 }
 INLINE double exp_d(double x) { return exp(x); }
 
-INLINE float sigmoid_f(float x) { return 1.0f / (1.0f + exp_f(-x)); }
+/* 1 / (1 + e^-x), where e^-x is a normal number or 0: what is left out is below 1e-38. */
+INLINE float sigmoid_f(float x)
+{
+    float y = -x < 88.0f ? -x : 88.0f;
+    y = y > -88.0f ? y : -88.0f;
+    float n = rintf(y * 1.44269504f);
+    float r = (y - n * 0.693359375f) + n * 2.12194440e-4f;
+    float p = 0.000198992871446535f;
+    p = p * r + 0.0013933652080595493f;
+    p = p * r + 0.0083332983776927f;
+    p = p * r + 0.04166646674275398f;
+    p = p * r + 0.1666666716337204f;
+    p = p * r + 0.5f;
+    p = p * r * r + r + 1.0f;
+    float s = 1.0f / (1.0f + p * float_of_bits(((int32_t)n + 127) * (1 << 23)));
+    return x != x ? x : s;
+}
 INLINE double sigmoid_d(double x) { return 1.0 / (1.0 + exp(-x)); }
 
 /* tanh x = x + x^3 P(x^2) near 0, else 1 - 2 / (e^2x + 1). */
@@ -89,3 +117,20 @@ INLINE float erf_f(float x)
     return a < 1.0f ? x * p : far;
 }
 INLINE double erf_d(double x) { return erf(x); }
+
+/* Memory that is read soon, brought nearer while there is something to compute. */
+typedef struct { const void *at; long bytes; } Range;
+typedef struct { const Range *range; int ranges; const char *at, *end; } Ahead;
+INLINE void fetch(Ahead *a, int lines)
+{
+    for (; lines > 0; lines--) {
+        if (a->at >= a->end) {
+            if (a->ranges <= 0) return;
+            a->at = a->range->at;
+            a->end = a->at + a->range->bytes;
+            a->range++, a->ranges--;
+        }
+        __builtin_prefetch(a->at, 0, 2);
+        a->at += 64;
+    }
+}

@@ -8,11 +8,26 @@ from math import inf, prod
 
 import torch
 
-from .expressions import Call, Expression, Load, Number, Value, factors_of
+from .expressions import Call, Expression, Number, Value, factors_of, written
 from .operators import FLOATS, TYPES, literal
-from .views import Dim, View, split
+from .views import Dim, View, strides_in
 
 Strides = tuple[int, ...]  # of a view, one for each loop
+GROUP = 8  # entries that are computed together, as far as vectors go
+
+
+@dataclass
+class Lines:
+    """A statement as it is written.
+
+    Attributes:
+        text: its lines.
+        tiles: how often the function that it calls may fetch some of what is read next; ``{ahead}`` in the last line
+            stands for the arguments that tell what this is.
+    """
+
+    text: list[str]
+    tiles: int = 0
 
 
 @dataclass(frozen=True)
@@ -43,11 +58,11 @@ class Nest:
         self.factors = factors_of(shape, views)
         self.views = list(dict.fromkeys(views))
         loops = [Loop(d, i, n) for d, sizes in enumerate(self.factors) for i, n in enumerate(sizes) if n > 1]
-        at = self._strides(first)
+        at = strides_in(first, self.factors)
         loops.sort(key=lambda x: (x.dim in outer, -abs(at[x.dim][x.part]) or -(1 << 62)))
         self.loops: list[tuple[int, dict[View, int]]] = []  # sizes and strides
         self.inner = 0  # how many of the innermost loops are over `outer`
-        strides = {v: self._strides(v) for v in self.views}
+        strides = {v: strides_in(v, self.factors) for v in self.views}
         for x in loops:
             steps = {v: strides[v][x.dim][x.part] for v in self.views}
             last = self.loops[-1] if self.loops else None
@@ -57,11 +72,6 @@ class Nest:
                 continue
             self.loops.append((x.size, steps))
             self.inner += x.dim in outer
-
-    def _strides(self, view: View) -> list[list[int]]:
-        return [
-            split(dim, sizes) if dim else [0] * len(sizes) for dim, sizes in zip(view.dims, self.factors, strict=True)
-        ]
 
     def address(self, view: View, terms: Sequence[str] = ()) -> str:
         """The index of an entry, in the loops' variables."""
@@ -80,16 +90,7 @@ class Nest:
 
     def text(self, e: Expression) -> str:
         """The C expression of what is computed."""
-        if isinstance(e, Number):
-            return literal(e.value, e.dtype)
-        if isinstance(e, Load):
-            return self.entry(e.view)
-        given = [
-            self.text(x) if x.dtype == e.within or not e.within else f"({TYPES[e.within]}){self.text(x)}"
-            for x in e.given
-        ]
-        text = e.text.format(*given)
-        return f"({text})" if e.dtype in FLOATS else f"({TYPES[e.dtype]})({text})"  # integers wrap at each op
+        return written(e, self.entry, declare=False)[1]
 
     def open(self, stop: int | None = None, start: int = 0) -> list[str]:
         """The heads of loops."""
@@ -113,8 +114,18 @@ class Store:
         """In C."""
         views = [self.to, *self.value.expression.leaves()]
         nest = Nest(self.value.shape, views, self.to)
-        body = f"{nest.entry(self.to)} = {nest.text(self.value.expression)};"
-        return [f"/* {self.name}: {list(self.value.shape)} */", *nest.open(), "  " * len(nest.loops) + body]
+        declared, text = written(self.value.expression, nest.entry)
+        body = " ".join([*declared, f"{nest.entry(self.to)} = {text};"])
+        body = f"{{ {body} }}" if declared else body
+        pad, title = "  " * len(nest.loops), f"/* {self.name}: {list(self.value.shape)} */"
+        size, steps = nest.loops[-1] if nest.loops else (1, {self.to: 0})
+        if size <= GROUP or size % GROUP == 0 or steps[self.to] != 1 or self.value.simple:
+            return [title, *nest.open(), pad + body]
+        # no remainder, whose entries would be computed one by one: the last group begins earlier
+        lines, name = [title, *nest.open(len(nest.loops) - 1), pad[2:] + "{"], f"i{len(nest.loops) - 1}"
+        for first, stop in ((0, size - size % GROUP), (size - GROUP, size)):
+            lines += [pad + "#pragma GCC ivdep", f"{pad}for (int {name} = {first}; {name} < {stop}; {name}++) {body}"]
+        return [*lines, pad[2:] + "}"]
 
 
 @dataclass(frozen=True)

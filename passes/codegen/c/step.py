@@ -7,10 +7,11 @@ beside what the state before it is made of, so that this state stays whole until
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,18 +22,21 @@ from ....runtime.native import Ring
 from ....runtime.program import Program
 from ...canonicalize import bind
 from . import views
-from .builder import Builder, Code, NoForm, order_of
+from .builder import Builder, Code, NoForm, margins
 from .core_graph import core_graph
 from .expressions import Load, Value
 from .forms import FORMS
+from .kernels import Kernels
 from .operators import TYPES
-from .products import Kernels, Target
-from .statements import Copy
-from .views import Buffer, View, contiguous
+from .products import Target
+from .statements import Copy, Lines
+from .views import Buffer, Margin, View, contiguous
 
 aten = torch.ops.aten
 _SAME = (aten.clone.default, aten.alias.default, aten.view.default, aten.detach.default)
 _NAMES = re.compile(r"\b[A-Za-z_]\w*\b")
+FAR = 1 << 20  # bytes of constants and state from which on they do not stay in the caches
+LARGE = 8  # tiles of a product from which on it fetches something
 LIMIT = 3000  # loop nests of a step: more take the compiler longer than is worth waiting for
 
 
@@ -124,9 +128,7 @@ def step_source(
         natural = [file.natural[i].most_common(1)[0][0] if i in file.natural else r.order for i, r in enumerate(rings)]
         if natural == [r.order for r in rings]:
             break
-        rings = [
-            Ring(r.parts, r.shape, r.dtype, r.axis, r.frames, r.slots, o) for r, o in zip(rings, natural, strict=True)
-        ]
+        rings = [replace(r, order=o) for r, o in zip(rings, natural, strict=True)]
     return file.source()
 
 
@@ -162,7 +164,9 @@ def _rings(
         new = [_moved(p, mine, frames) for p in phases]
         if len(mine) > 1 and all(n is not None for n in new):
             most = max(n for n in new if n is not None)
-            rings.append(Ring(mine, shape, example.dtype, None, len(mine), len(mine) + most, tuple(range(len(shape)))))
+            order = tuple(range(len(shape)))
+            margin = _margin(phases, mine, frames, len(shape))
+            rings.append(Ring(mine, shape, example.dtype, None, len(mine), len(mine) + most, order, margin))
             continue
         for i in mine:
             rings.append(_ring(phases, i, arguments[frames + i], frames))
@@ -180,7 +184,20 @@ def _ring(phases: Sequence[Phase], part: int, example: torch.Tensor, frames: int
         slots = shape[axis] + max(x[2] for x in pushes if x is not None)
         order = tuple(d for d in range(len(shape)) if d != axis)
         return Ring((part,), shape, example.dtype, axis, shape[axis], slots, order)
-    return Ring((part,), shape, example.dtype, None, 1, 1 if all(kept) else 2, tuple(range(len(shape))))
+    margin = _margin(phases, [part], frames, len(shape))
+    return Ring((part,), shape, example.dtype, None, 1, 1 if all(kept) else 2, tuple(range(len(shape))), margin)
+
+
+def _margin(phases: Sequence[Phase], parts: Sequence[int], frames: int, rank: int) -> Margin:
+    """The zeros that programs put around parts of the state, which are kept with them."""
+    found = ((0, 0),) * rank
+    for phase in phases:
+        padded = margins(phase.graph)
+        for i in parts:
+            for node in (phase.placeholders()[frames + i], phase.after()[i]):
+                margin = padded.get(node, ((0, 0),) * rank)
+                found = tuple((max(a, x), max(b, y)) for (a, b), (x, y) in zip(found, margin, strict=True))
+    return found
 
 
 def _moved(phase: Phase, parts: Sequence[int], frames: int) -> int | None:
@@ -201,10 +218,10 @@ class _File:
         self, phases: Sequence[Phase], arguments: Sequence[torch.Tensor], frames: int, rings: list[Ring], target: Target
     ) -> None:
         self.rings, self.frames, self.arguments = rings, frames, arguments
-        self.kernels = Kernels(target)
+        held = {id(t): t.nbytes for phase in phases for t in phase.tensors.values()}
+        self.kernels = Kernels(target, sum(held.values()) + sum(x.nbytes for x in arguments) > FAR)
         self.constants: dict[int, Buffer] = {}
         self.natural: dict[int, Counter[tuple[int, ...]]] = {}
-        self.scratch = 0
         self.results: list[list[tuple[tuple[int, ...], torch.dtype] | None]] = []
         self.bodies = [self._body(number, phase) for number, phase in enumerate(phases)]
 
@@ -213,23 +230,27 @@ class _File:
             place = f"c{len(self.constants)}_" + re.sub(r"\W", "_", name)
             if tensor.dtype not in TYPES:
                 raise NoForm("a step", f"with a constant of {tensor.dtype}")
-            copied = tensor.detach().clone(
-                memory_format=torch.contiguous_format
-            )  # as it is now, like those laid out anew
+            # as it is now, like those laid out anew
+            copied = tensor.detach().clone(memory_format=torch.contiguous_format)
             self.constants[id(tensor)] = Buffer(place, tensor.dtype, tensor.numel(), copied)
         return self.constants[id(tensor)]
 
     def _body(self, number: int, phase: Phase) -> tuple[Code, list[str]]:
         """The statements of a phase, and its parameters."""
         code = Code(self.kernels)
-        builder = Builder(code, FORMS)
         given = phase.placeholders()
+        new = self._new(phase)
+        homes: dict[fx.Node, View] = {}
+        for (i, j), node in new.items():
+            homes.setdefault(node, _place(i, self.rings[i], j))
+        builder = Builder(code, FORMS, phase.graph, homes)
         parameters = []
-        after = phase.after()
+        frames: dict[fx.Node, Value] = {}
         for i, node in enumerate(given[: self.frames]):
             x = node.meta["val"]
             parameters.append(f"const {TYPES[x.dtype]} *restrict x{i}")
-            builder.env[node] = Value(tuple(x.shape), Load(contiguous(Buffer(f"x{i}", x.dtype), x.shape), x.dtype))
+            value = Value(tuple(x.shape), Load(contiguous(Buffer(f"x{i}", x.dtype), x.shape), x.dtype))
+            frames[node] = value
         parts = len(self.arguments) - self.frames
         for node, name in zip(given[self.frames + parts :], phase.held, strict=True):
             x = node.meta["val"]
@@ -237,12 +258,14 @@ class _File:
             builder.env[node] = Value(tuple(x.shape), Load(place, x.dtype))
         pushes: dict[fx.Node, tuple[int, int]] = {}
         for i, ring in enumerate(self.rings):
-            code.lines += self._opened(i, ring, number)
+            code.statements.append(Lines(self._opened(i, ring)))
             for j, part in enumerate(ring.parts):
                 node = given[self.frames + part]
                 builder.env[node] = Value(ring.shape, Load(_place(i, ring, j), ring.dtype))
             if ring.axis is not None and (pushed := _pushed(phase, ring.parts[0], self.frames)) is not None:
                 pushes[pushed[0]] = i, pushed[2]
+        for node, value in frames.items():
+            builder.env[node] = builder.settled(value, node)
         for node in phase.graph.nodes:
             if node in pushes:
                 self._push(builder, node, *pushes[node])
@@ -262,15 +285,38 @@ class _File:
             parameters.append(f"{TYPES[value.dtype]} *restrict {name}")
             results.append((value.shape, value.dtype))
             builder.store(value, contiguous(Buffer(name, value.dtype), value.shape), f"output {node.name}")
+        moved = dict(pushes.values()) | dict(Counter(i for i, _ in new))
+        for (i, j), node in new.items():
+            value, place = builder.of(node), _place(i, self.rings[i], j)
+            self._note(i, builder.came.get(node) or builder.order(value))
+            if value.view is None or value.view.offset != place.offset or value.view.buffer != place.buffer:
+                builder.store(value, place, f"state {i}")
         for i, ring in enumerate(self.rings):
-            self._closed(builder, i, ring, phase, after, set(pushes.values()))
+            begins = f"(at[{i}] + {moved[i]}) % {ring.slots}" if moved.get(i) else f"at[{i}]"
+            code.statements.append(Lines([f"to[{i}] = {begins};"]))
         self.results.append(results)
         return code, parameters
 
+    def _new(self, phase: Phase) -> dict[tuple[int, int], fx.Node]:
+        """What a step makes of the rings that are no windows: the ring and the place in it, counted from its begin."""
+        found = {}
+        given, after = phase.placeholders(), phase.after()
+        for i, ring in enumerate(self.rings):
+            if ring.axis is not None:
+                continue
+            if len(ring.parts) > 1:
+                count = _moved(phase, ring.parts, self.frames)
+                assert count is not None
+            else:
+                count = int(after[ring.parts[0]] is not given[self.frames + ring.parts[0]])
+            for j in range(count):
+                found[i, ring.frames + j] = after[ring.parts[len(ring.parts) - count + j]]
+        return found
+
     # -- state ---------------------------------------------------------------------------------------------------------
 
-    def _opened(self, i: int, ring: Ring, number: int) -> list[str]:
-        """Where the frames of a ring lie before a step."""
+    def _opened(self, i: int, ring: Ring) -> list[str]:
+        """Where the frames of a ring lie before a step, and their places after it."""
         kind, size = TYPES[ring.dtype], ring.size
         text = (
             f"/* state {i}: {ring.frames} of {ring.slots} frames of {size} */"
@@ -297,34 +343,13 @@ class _File:
                 raise NoForm("aten.cat", "of several types")
             count = value.shape[axis]
             builder.store(value, views.slice_(axis, at, count)(place), node.name)
-            self._note(i, [d for d in order_of(value) if d != axis])
+            self._note(i, [d for d in builder.order(value) if d != axis])
             at += count
         for j in range(new):
             slot = f"(at[{i}] + {ring.frames + j})"
             mirror = f"ring{i} + ({slot} < {ring.slots} ? {slot} + {ring.slots} : {slot} - {ring.slots}) * {ring.size}"
             builder.code.add(Copy(mirror, f"h{i} + {(ring.frames + j) * ring.size}", ring.size, ring.dtype))
         builder.env[node] = Value(tuple(out.shape), Load(place, ring.dtype))
-
-    def _closed(
-        self, builder: Builder, i: int, ring: Ring, phase: Phase, after: Sequence[fx.Node], pushed: set[tuple[int, int]]
-    ) -> None:
-        """Write what is new of a ring that is no window, and tell where its frames lie after the step."""
-        new = next((n for number, n in pushed if number == i), 0)
-        if ring.axis is None:
-            given = phase.placeholders()
-            before = [given[self.frames + p] for p in ring.parts]
-            moved = (
-                _moved(phase, ring.parts, self.frames)
-                if len(ring.parts) > 1
-                else int(after[ring.parts[0]] is not before[0])
-            )
-            assert moved is not None
-            new = moved
-            for j in range(new):
-                value = builder.of(after[ring.parts[len(ring.parts) - new + j]])
-                self._note(i, order_of(value))
-                builder.store(value, _place(i, ring, ring.frames + j), f"state {i}")
-        builder.code.lines.append(f"to[{i}] = (at[{i}] + {new}) % {ring.slots};" if new else f"to[{i}] = at[{i}];")
 
     def _note(self, i: int, order: Sequence[int]) -> None:
         self.natural.setdefault(i, Counter())[tuple(order)] += 1
@@ -334,31 +359,65 @@ class _File:
     def source(self) -> Source:
         """The file and what belongs to it."""
         buffers = [*self.constants.values(), *self.kernels.packed]
-        used = {name for code, _ in self.bodies for line in code.lines for name in _NAMES.findall(line)}
+        named = [[set(_NAMES.findall("\n".join(x.text))) for x in code.statements] for code, _ in self.bodies]
+        used = {name for phase in named for names in phase for name in names}
         kept = [b for b in buffers if b.name in used]
         places = {b.name: 3 + len(self.rings) + n for n, b in enumerate(kept)}
-        most = 0
+        lasting, room = self._lasting(named)
+        most = room
         functions: list[str] = []
         for number, (code, parameters) in enumerate(self.bodies):
-            mine = {name for line in code.lines for name in _NAMES.findall(line)}
+            mine = {name for names in named[number] for name in names}
             head = ["const int32_t *restrict at = p[k];", "int32_t *restrict to = p[1 - k];"]
             head += [f"{TYPES[r.dtype]} *ring{i} = p[{3 + i}];" for i, r in enumerate(self.rings)]
             head += [
                 f"const {TYPES[b.dtype]} *restrict {b.name} = p[{places[b.name]}];" for b in kept if b.name in mine
             ]
-            room = 0
-            for b in code.scratch:
-                if b.name in mine:
-                    head.append(f"{TYPES[b.dtype]} *restrict {b.name} = (void *)((char *)p[2] + {room});")
-                    room += -(-b.size * b.dtype.itemsize // 64) * 64
-            most = max(most, room)
+            held, size = _shared([b for b in code.scratch if not b.zeros], named[number], room)
+            held |= lasting[number]
+            ahead = self._fetched(code, named[number], kept)
+            most = max(most, size)
             functions += [
                 f"int step_{number}({', '.join(['void *const *restrict p, int k', *parameters])})", "{",
-                *("  " + x for x in (*head, *code.lines)), "  return 0;", "}", "",
+                *("  " + x for x in (*head, *_scoped(code, named[number], held, ahead))), "  return 0;", "}", "",
             ]  # fmt: skip
         text = "\n".join([*self._preamble(), *self.kernels.source(), *functions])
         tensors = [b.tensor for b in kept if b.tensor is not None]
         return Source(text, tensors, most, self.rings, self.results, self.kernels.multiplies)
+
+    def _fetched(self, code: Code, named: Sequence[set[str]], kept: Sequence[Buffer]) -> list[str]:
+        """For each statement the arguments that tell what its function fetches while it computes.
+
+        That is what the statements up to the next large product read, of constants and of the state.
+        """
+        sizes = {b.name: b.size * b.dtype.itemsize for b in kept}
+        for i, ring in enumerate(self.rings):
+            sizes |= {f"h{i}_{j}": ring.size * ring.dtype.itemsize for j in range(ring.slots)}
+        found, near = ["(Ahead){0}, 0"] * len(named), set[str]()
+        large = [i for i, x in enumerate(code.statements) if x.tiles >= LARGE]
+        for i, until in itertools.pairwise([*large, len(named) - 1]):
+            near |= named[i]
+            soon = [n for names in named[i + 1 : until + 1] for n in sorted(names & sizes.keys() - near)]
+            soon = list(dict.fromkeys(soon))
+            if soon:
+                lines = sum(-(-sizes[n] // 64) for n in soon)
+                ranges = ", ".join(f"{{{n}, {sizes[n]}}}" for n in soon)
+                each = -(-lines // code.statements[i].tiles)
+                found[i] = f"(Ahead){{(const Range[]){{{ranges}}}, {len(soon)}, 0, 0}}, {each}"
+        return found
+
+    def _lasting(self, named: Sequence[Sequence[set[str]]]) -> tuple[list[dict[Buffer, int]], int]:
+        """Places of the buffers whose zeros stay, for each phase, and the bytes that they take."""
+        found: list[dict[Buffer, int]] = []
+        room = 0
+        for (code, _), statements in zip(self.bodies, named, strict=True):
+            used = {name for names in statements for name in names}
+            found.append({})
+            for b in code.scratch:
+                if b.zeros and b.name in used:
+                    found[-1][b] = room
+                    room += _bytes(b)
+        return found, room
 
     def _preamble(self) -> Iterator[str]:
         yield (Path(__file__).parent / "kernels.h").read_text()
@@ -374,11 +433,60 @@ class _File:
         yield ""
 
 
+def _bytes(b: Buffer) -> int:
+    """What it takes, up to where the next may begin."""
+    return -(-b.size * b.dtype.itemsize // 64) * 64
+
+
+def _shared(buffers: Sequence[Buffer], named: Sequence[set[str]], first: int) -> tuple[dict[Buffer, int], int]:
+    """Places of buffers, from a byte on, and where they end. Those that are never in use together may share theirs."""
+    found: dict[Buffer, int] = {}
+    live: list[tuple[int, int, int]] = []  # where one begins, where it ends, the last statement that uses it
+    most = first
+    spans = {b: [i for i, names in enumerate(named) if b.name in names] for b in buffers}
+    for b in sorted((b for b in buffers if spans[b]), key=lambda b: spans[b][0]):
+        live = sorted(x for x in live if x[2] >= spans[b][0])
+        size, at = _bytes(b), first
+        gaps = []
+        for begin, end, _ in live:
+            if begin - at >= size:
+                gaps.append((begin - at, at))
+            at = max(at, end)
+        at = min(gaps)[1] if gaps else at
+        found[b] = at
+        live.append((at, at + size, spans[b][-1]))
+        most = max(most, at + size)
+    return found, most
+
+
+def _scoped(code: Code, named: Sequence[set[str]], places: Mapping[Buffer, int], ahead: Sequence[str]) -> Iterator[str]:
+    """The lines of a function, in which each statement declares the buffers that it uses: these may share places."""
+    by_name = {b.name: b for b in places}
+    for statement, names, fetched in zip(code.statements, named, ahead, strict=True):
+        *first, last = statement.text
+        lines = [*first, last.replace("{ahead}", fetched)]
+        mine = sorted(names & by_name.keys(), key=lambda name: int(name[1:]))
+        if not mine:
+            yield from lines
+            continue
+        comments = 1 if lines[0].startswith("/*") else 0
+        yield from lines[:comments]
+        yield "{"
+        for name in mine:
+            b = by_name[name]
+            yield f"  {TYPES[b.dtype]} *restrict {name} = (void *)((char *)p[2] + {places[b]});"
+        yield from ("  " + x for x in lines[comments:])
+        yield "}"
+
+
 def _place(i: int, ring: Ring, j: int) -> View:
     """A part of a ring."""
     if ring.axis is not None:
         return _window(i, ring, ring.frames)
-    return views.ordered(Buffer(f"h{i}_{j}", ring.dtype), ring.shape, ring.order)
+    margin = ring.margin or None
+    return views.ordered(
+        views.buffer(f"h{i}_{j}", ring.dtype, ring.shape, ring.order, margin), ring.shape, ring.order, margin
+    )
 
 
 def _window(i: int, ring: Ring, frames: int) -> View:

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 Factor = tuple[int, int]
 Dim = tuple[Factor, ...]
+Margin = tuple[tuple[int, int], ...]  # for each dimension the zeros before and behind its entries
 
 
 @dataclass(frozen=True, eq=False)
@@ -29,12 +30,17 @@ class Buffer:
         dtype: of its entries.
         size: entries; 0 where another owns it.
         tensor: what it holds, if that is constant.
+        margins: its dimensions that have zeros before and behind their entries: ``(stride, size, before, behind)``,
+            of which `size` counts all.
+        zeros: what is not written is zero, always.
     """
 
     name: str
     dtype: torch.dtype
     size: int = 0
     tensor: torch.Tensor | None = None
+    margins: tuple[tuple[int, int, int, int], ...] = ()
+    zeros: bool = False
 
 
 @dataclass(frozen=True)
@@ -79,16 +85,59 @@ def size_of(dim: Dim) -> int:
 
 def contiguous(buffer: Buffer | None, shape: Sequence[int], offset: int = 0) -> View:
     """A tensor whose last dimension lies innermost."""
-    return ordered(buffer, shape, range(len(shape)), offset)
+    return ordered(buffer, shape, range(len(shape)), offset=offset)
 
 
-def ordered(buffer: Buffer | None, shape: Sequence[int], order: Iterable[int], offset: int = 0) -> View:
-    """A tensor without gaps whose dimensions lie in an order, the outermost first."""
-    strides, stride = [0] * len(shape), 1
+def _strides(shape: Sequence[int], order: Iterable[int], margin: Margin | None) -> tuple[list[int], list[int], int]:
+    """The strides and the sizes of dimensions, margins included, and how many entries there are in all."""
+    sizes = list(shape) if margin is None else [n + sum(m) for n, m in zip(shape, margin, strict=True)]
+    strides, stride = [0] * len(sizes), 1
     for d in reversed(list(order)):
         strides[d] = stride
-        stride *= shape[d]
+        stride *= sizes[d]
+    return strides, sizes, stride
+
+
+def buffer(
+    name: str,
+    dtype: torch.dtype,
+    shape: Sequence[int],
+    order: Iterable[int],
+    margin: Margin | None,
+    zeros: bool = False,
+) -> Buffer:
+    """A buffer for a tensor whose dimensions lie in an order, the outermost first, with margins of zeros."""
+    strides, sizes, size = _strides(shape, order, margin)
+    found = () if margin is None else tuple((strides[d], sizes[d], *m) for d, m in enumerate(margin) if any(m))
+    return Buffer(name, dtype, max(1, size), None, found, zeros or margin is not None)
+
+
+def ordered(
+    buffer: Buffer | None, shape: Sequence[int], order: Iterable[int], margin: Margin | None = None, offset: int = 0
+) -> View:
+    """A tensor without gaps, but for margins, whose dimensions lie in an order, the outermost first."""
+    strides, _, _ = _strides(shape, order, margin)
+    offset += 0 if margin is None else sum(s * m[0] for s, m in zip(strides, margin, strict=True))
     return View(buffer, offset, tuple(one(n, s) for n, s in zip(shape, strides, strict=True)))
+
+
+def extended(view: View, dim: int, before: int, behind: int) -> View:
+    """A view with zeros before and behind the entries of a dimension, which lie there already.
+
+    Raises:
+        NoView: they do not.
+    """
+    if not before and not behind:
+        return view
+    if view.buffer is None or view.terms or len(view.dims[dim]) != 1:
+        raise NoView
+    ((size, stride),) = view.dims[dim]
+    for step, whole, first, last in view.buffer.margins:
+        at = view.offset % (step * whole) // step
+        if stride == step and before <= first and behind <= last and at == first and size == whole - first - last:
+            dims = (*view.dims[:dim], ((size + before + behind, stride),), *view.dims[dim + 1 :])
+            return replace(view, offset=view.offset - before * stride, dims=dims)
+    raise NoView
 
 
 def one(size: int, stride: int) -> Dim:
@@ -126,6 +175,15 @@ def split(dim: Dim, sizes: Sequence[int]) -> list[int]:
             raise NoView
         strides.append(taken[0][1])
     return strides
+
+
+def strides_in(view: View, factors: Sequence[Sequence[int]]) -> list[list[int]]:
+    """For each dimension of a view its strides in factors of these sizes; 0 where it has one entry.
+
+    Raises:
+        NoView: it cannot be cut there.
+    """
+    return [split(dim, sizes) if dim else [0] * len(sizes) for dim, sizes in zip(view.dims, factors, strict=True)]
 
 
 def cut(left: list[Factor], size: int) -> list[Factor]:
@@ -258,7 +316,7 @@ def reshape(shape: Sequence[int]) -> Change:
     """The same entries in the same order."""
 
     def change(view: View) -> View:
-        left = [f for dim in view.dims for f in dim]
+        left = list(joined(f for dim in view.dims for f in dim))
         return view._with([joined(cut(left, n)) for n in shape], 0, change)
 
     return change

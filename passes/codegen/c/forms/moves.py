@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from math import prod
 from typing import Any
@@ -10,8 +11,9 @@ import torch
 from torch import fx
 
 from .. import views
-from ..builder import Builder, NoForm, dim_of, form, order_of
+from ..builder import Builder, NoForm, dim_of, form
 from ..expressions import Load, Number, Value
+from ..views import Margin, NoView
 
 aten = torch.ops.aten
 
@@ -126,9 +128,8 @@ def _cat(b: Builder, node: fx.Node, given: dict[str, Any]) -> Value:
             else parts[0]
         )
     dim = dim_of(given["dim"], len(out.shape))
-    room = b.code.room(out.dtype, max(1, out.numel()))
     largest = max(parts, key=lambda x: prod(x.shape))
-    to = views.ordered(room, tuple(out.shape), order_of(largest))
+    to = b.code.room(out.dtype, tuple(out.shape), b.order(largest))
     at = 0
     for x in parts:
         place = views.slice_(dim, at, x.shape[dim])(to)
@@ -157,15 +158,26 @@ def _copy(b: Builder, node: fx.Node, given: dict[str, Any]) -> Value:
     return b.spread(b.cast(b.of(given["src"]), out.dtype, node.name), out.shape)
 
 
+def _around(rank: int, sides: Sequence[tuple[int, int]]) -> Margin:
+    return (*[(0, 0)] * (rank - len(sides)), *sides)
+
+
 def padded(b: Builder, x: Value, sides: Sequence[tuple[int, int]], fill: float | int, name: str) -> Value:
     """A tensor with entries before and behind those of its last dimensions."""
     rank, n = len(x.shape), len(sides)
     whole = list(x.shape)
     for i, (before, behind) in enumerate(sides):
         whole[rank - n + i] += before + behind
-    room = b.code.room(x.dtype, max(1, prod(whole)))
-    to = views.ordered(room, whole, order_of(x))
-    b.store(Value(tuple(whole), Number(fill, x.dtype)), to, name)
+    zeros = fill == 0 and all(before >= 0 and behind >= 0 for before, behind in sides)
+    if zeros:
+        with contextlib.suppress(NoView):
+            place = b.lying(x, name) if x.view is not None else b.put(x, name, margin=_around(rank, sides))
+            for i, (before, behind) in enumerate(sides):
+                place = views.extended(place, rank - n + i, before, behind)
+            return Value(tuple(whole), Load(place, x.dtype))
+    to = b.code.room(x.dtype, whole, b.order(x), zeros=zeros)
+    if not zeros:
+        b.store(Value(tuple(whole), Number(fill, x.dtype)), to, name)
     place = to
     for i, (before, behind) in enumerate(sides):
         d = rank - n + i

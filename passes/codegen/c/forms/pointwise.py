@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import fx
 
-from ..builder import Builder, NoForm, form
+from ..builder import Builder, form
 from ..expressions import Call, Load, Number, Value
-from ..operators import FLOATS, base_name, operator_text
+from ..operators import FLOATS, base_name, literal, operator_text
 from ..views import View, one
 
 aten = torch.ops.aten
@@ -33,7 +33,9 @@ def _arange(b: Builder, node: fx.Node, given: dict[str, Any]) -> Value:
     out = node.meta["val"]
     start, step = given["start"], given["step"]
     if not (isinstance(start, int) and isinstance(step, int)):
-        raise NoForm(str(node.target), "of broken numbers")
+        index = Value(tuple(out.shape), Load(View(None, 0, (one(out.shape[0], 1),)), torch.int64))
+        first, apart = (literal(x, torch.float64) for x in (start, step))
+        return b.call(f"{first} + {{0}} * {apart}", [index], out.shape, out.dtype, torch.float64, node.name)
     index = Value(tuple(out.shape), Load(View(None, start, (one(out.shape[0], step),)), torch.int64))
     return b.call("{0}", [index], out.shape, out.dtype, out.dtype, node.name)
 
@@ -70,7 +72,9 @@ def _add(b: Builder, node: fx.Node, given: dict[str, Any]) -> Value:
     if op == "rsub":
         first, second = second, first
     sign = "+" if op == "add" else "-"
-    return b.call(f"{{0}} {sign} {{1}}", [first, second], out.shape, out.dtype, out.dtype, node.name)
+    if sign == "+":
+        return b.sum(first, second, out.shape, out.dtype, node.name)
+    return b.call("{0} - {1}", [first, second], out.shape, out.dtype, out.dtype, node.name)
 
 
 @form(aten.div.Tensor_mode)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Sequence
-from math import prod
 from typing import Any
 
 import torch
@@ -105,7 +104,7 @@ def _adaptive(b: Builder, node: fx.Node, given: dict[str, Any]) -> Any:
                 reduced(b, part, "amax", (d,), True, node.name) if greatest else mean(b, part, (d,), True, node.name)
             )
         shape = (*x.shape[:d], out, *x.shape[d + 1 :])
-        to = contiguous(b.code.room(x.dtype, max(1, prod(shape))), shape)
+        to = b.code.room(x.dtype, shape, range(len(shape)))
         for j, part in enumerate(parts):
             b.store(part, views.slice_(d, j, 1)(to), node.name)
         x = Value(shape, Load(to, x.dtype))

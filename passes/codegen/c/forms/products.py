@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from math import prod
 from typing import Any
 
 import torch
@@ -11,31 +10,12 @@ from torch import fx
 from ....canonicalize import listed
 from .. import views
 from ..builder import Builder, NoForm, form
-from ..expressions import Load, Number, Value
-from ..products import Product
-from ..views import NoView, View
+from ..expressions import Dot, Load, Number, Value
+from ..products import constant, natural
+from ..views import Dim, NoView, View, one, refine, split
 from .moves import padded
 
 aten = torch.ops.aten
-
-
-def _product(b: Builder, x: View, w: View, shape: tuple[list[int], list[int], list[int]], p: Product) -> View:
-    """The sums, `b`, `m` and `n` as dimensions in this order, whose sizes are `shape`."""
-    bs, ms, ns = shape
-    sizes = [*bs, *ms, *ns]
-    room = b.code.room(p.dtype, max(1, prod(sizes)))
-    tensor = None if w.buffer is None else w.buffer.tensor
-    inner = prod(ns) < 4 and prod(bs) > 1 and tensor is not None
-    places = range(len(bs)), range(len(bs), len(bs) + len(ms)), range(len(bs) + len(ms), len(sizes))
-    order = [*places[1], *places[2], *places[0]] if inner else [*places[0], *places[1], *places[2]]
-    lanes = b.code.kernels.target.lanes(p.dtype)
-    if tensor is not None and prod(bs) >= lanes and prod(ns) < lanes:
-        order = [*places[1], *places[2], *places[0]]
-    out = views.ordered(room, sizes, order)
-    dims = ([out.dims[d] for d in places[0]], [out.dims[d] for d in places[1]], [out.dims[d] for d in places[2]])
-    b.code.lines += b.code.kernels.call(p, out, dims)
-    b.code.loops += 1
-    return out
 
 
 def _matrices(b: Builder, node: fx.Node, x: Value, w: Value) -> Value:
@@ -47,32 +27,38 @@ def _matrices(b: Builder, node: fx.Node, x: Value, w: Value) -> Value:
         return Value((many, rows, columns), Number(0, dtype))
     one_, two = b.lying(x, node.name), b.lying(w, node.name)
 
-    def constant(v: View) -> bool:
-        return v.buffer is not None and v.buffer.tensor is not None
-
     def beside(v: View, d: int) -> bool:
         return bool(v.dims[d]) and v.dims[d][-1][1] == 1
 
     turned = (constant(one_) and not constant(two)) or (not constant(two) and not beside(two, 2) and beside(one_, 1))
+    shape = (many, rows, columns)
     for _ in range(2):
         try:
+            k = paired(one_.dims[2], two.dims[1])
+            first = View(one_.buffer, one_.offset, (one_.dims[0], one_.dims[1], one(columns, 0)))
+            second = View(two.buffer, two.offset, (two.dims[0], one(rows, 0), two.dims[2]))
             if turned:
-                p = Product(two, one_, [(two.dims[0], one_.dims[0])], [two.dims[2]], [one_.dims[1]],
-                            [(two.dims[1], one_.dims[2])], dtype, node.name)  # fmt: skip
-                out = _product(b, two, one_, ([many], [columns], [rows]), p)
-                change = views.permute([0, 2, 1])
-            else:
-                p = Product(one_, two, [(one_.dims[0], two.dims[0])], [one_.dims[1]], [two.dims[2]],
-                            [(one_.dims[2], two.dims[1])], dtype, node.name)  # fmt: skip
-                out = _product(b, one_, two, ([many], [rows], [columns]), p)
-                change = views.permute([0, 1, 2])
-            return Value((many, rows, columns), Load(change(out), dtype))
+                first, second, k = second, first, tuple((n, (t, s)) for n, (s, t) in k)
+            dot = Dot(((first, second),), k, dtype, node.name)
+            natural(dot, shape, b.code.kernels.target)
+            return Value(shape, dot)
         except NoView:
             if not constant(one_):
                 one_ = b.put(Value(x.shape, Load(one_, dtype)), node.name, range(3))
             if not constant(two):
                 two = b.put(Value(w.shape, Load(two, dtype)), node.name, range(3))
     raise NoForm(str(node.target))
+
+
+def paired(one_: Dim, other: Dim) -> tuple[tuple[int, tuple[int, int]], ...]:
+    """A dimension of two operands as factors that both have.
+
+    Raises:
+        NoView: there are none.
+    """
+    sizes = refine([d for d in (one_, other) if d] or [()])
+    strides = zip(*(split(d, sizes) if d else [0] * len(sizes) for d in (one_, other)), strict=True)
+    return tuple((n, s) for n, s in zip(sizes, strides, strict=True) if n > 1)
 
 
 def _raised(b: Builder, x: Value) -> Value:
@@ -102,7 +88,7 @@ def _addmm(b: Builder, node: fx.Node, given: dict[str, Any]) -> Value:
         if given[name] != 1:
             scaled = b.call("{0} * {1}", [x, b.of(given[name], out.dtype)], x.shape, out.dtype, out.dtype, node.name)
             found, start = (scaled, start) if name == "alpha" else (found, scaled)
-    return b.call("{0} + {1}", [found, start], out.shape, out.dtype, out.dtype, node.name)
+    return b.sum(found, b.spread(start, out.shape), out.shape, out.dtype, node.name)
 
 
 @form(aten.convolution.default)
@@ -125,27 +111,23 @@ def _convolution(b: Builder, node: fx.Node, given: dict[str, Any]) -> Value:
         x = b.part(x, 3 + i, 0, size, 1, node.name)
         x = b.changed(x, views.windows(3 + i, kernel[i], stride[i], dilation[i]), shape, node.name)
     taken = b.lying(x, node.name)
-    split = (groups, out.shape[1] // groups, *weight.shape[1:])
+    split_ = (groups, out.shape[1] // groups, *weight.shape[1:])
     weight = Value(weight.shape, Load(b.lying(weight, node.name), weight.dtype))
-    w = b.lying(b.changed(weight, views.reshape(split), split, node.name), node.name)
-    spatial = list(range(3, 3 + n))
-    p = Product(
-        taken, w,
-        [(taken.dims[1], w.dims[0])],
-        [taken.dims[0], *(taken.dims[d] for d in spatial)],
-        [w.dims[1]],
-        [(taken.dims[2], w.dims[2]), *((taken.dims[3 + n + i], w.dims[3 + i]) for i in range(n))],
-        out.dtype, node.name,
-    )  # fmt: skip
-    made = _product(b, taken, w, ([groups], [batch, *out.shape[2:]], [out.shape[1] // groups]), p)
-    order = [1, 0, 2 + n, *range(2, 2 + n)]  # batch, groups, channels, positions
-    found = Value(tuple(made.shape[d] for d in order), Load(views.permute(order)(made), out.dtype))
+    w = b.lying(b.changed(weight, views.reshape(split_), split_, node.name), node.name)
+    k = paired(taken.dims[2], w.dims[2])
+    for i in range(n):
+        k += paired(taken.dims[3 + n + i], w.dims[3 + i])
+    each, spatial = out.shape[1] // groups, out.shape[2:]
+    made = (batch, groups, each, *spatial)
+    first = View(taken.buffer, taken.offset, (*taken.dims[:2], one(each, 0), *taken.dims[3 : 3 + n]))
+    second = View(w.buffer, w.offset, (one(batch, 0), *w.dims[:2], *(one(size, 0) for size in spatial)))
+    found = Value(made, Dot(((first, second),), k, out.dtype, node.name))
     found = b.changed(found, views.reshape(out.shape), out.shape, node.name)
     if given["bias"] is None:
         return found
     column = [out.shape[1], *[1] * n]
     bias = b.changed(b.of(given["bias"]), views.reshape(column), column, node.name)
-    return b.call("{0} + {1}", [found, bias], out.shape, out.dtype, out.dtype, node.name)
+    return b.sum(found, b.spread(bias, out.shape), out.shape, out.dtype, node.name)
 
 
 def _transposed(
@@ -163,7 +145,7 @@ def _transposed(
         for i in range(n)
     ]
     whole = [*x.shape[:2], *(apart[2 + i] + max(sides[i][0], 0) + max(sides[i][1], 0) for i in range(n))]
-    to = b.put(Value(tuple(whole), Number(0, x.dtype)), node.name)
+    to = b.code.room(x.dtype, whole, b.order(x), zeros=True)
     place = to
     for i in range(n):
         place = views.slice_(2 + i, max(sides[i][0], 0), x.shape[2 + i], stride[i])(place)

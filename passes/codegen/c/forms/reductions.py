@@ -10,20 +10,18 @@ import torch
 from torch import fx
 
 from .. import views
-from ..builder import Builder, NoForm, dim_of, dims_of, form, order_of
+from ..builder import Builder, NoForm, dim_of, dims_of, form
 from ..expressions import Load, Number, Value
 from ..operators import base_name, operator_text
 from ..statements import Arg, Reduce, Scan
-from ..views import contiguous
 
 aten = torch.ops.aten
 
 
 def reduced(b: Builder, x: Value, kind: str, dims: tuple[int, ...], keep: bool, name: str) -> Value:
     kept = tuple(1 if d in dims else n for d, n in enumerate(x.shape))
-    order = [d for d in order_of(x) if d not in dims] + list(dims)
-    room = b.code.room(x.dtype, max(1, prod(kept)))
-    to = views.ordered(room, kept, order)
+    order = [d for d in b.order(x) if d not in dims] + list(dims)
+    to = b.code.room(x.dtype, kept, order)
     if prod(x.shape) == prod(kept) and kind != "any":
         b.store(Value(kept, x.expression), to, name)
     else:
@@ -81,7 +79,7 @@ def _arg(b: Builder, node: fx.Node, given: dict[str, Any]) -> Value:
 def _arg_along(b: Builder, x: Value, dim: int, keep: bool, greatest: bool, name: str) -> list[Value]:
     """The greatest (or least) entries along a dimension, and where they are."""
     kept = [1 if d == dim else n for d, n in enumerate(x.shape)]
-    best, index = (contiguous(b.code.room(t, max(1, prod(kept))), kept) for t in (x.dtype, torch.int64))
+    best, index = (b.code.room(t, kept, range(len(kept))) for t in (x.dtype, torch.int64))
     wide = views.expand(x.shape)
     b.code.add(Arg(x, dim, greatest, wide(index), wide(best), name))
     shape = tuple(kept) if keep else tuple(n for d, n in enumerate(kept) if d != dim)
@@ -101,7 +99,7 @@ def _running(b: Builder, node: fx.Node, given: dict[str, Any]) -> Value:
     x = b.cast(b.of(given["self"]), out.dtype, node.name)
     if not x.shape:
         return x
-    to = contiguous(b.code.room(out.dtype, max(1, out.numel())), out.shape)
+    to = b.code.room(out.dtype, out.shape, range(len(out.shape)))
     text = "{0} + {1}" if node.target is aten.cumsum.default else "{0} * {1}"
     b.code.add(Scan(text, x, dim_of(given["dim"], len(x.shape)), to, node.name))
     return Value(x.shape, Load(to, out.dtype))
@@ -114,6 +112,6 @@ def _running_extremum(b: Builder, node: fx.Node, given: dict[str, Any]) -> list[
     x = b.of(given["self"])
     text = operator_text("maximum" if node.target is aten.cummax.default else "minimum", 2, x.dtype)
     assert text is not None
-    to = contiguous(b.code.room(x.dtype, max(1, prod(x.shape))), x.shape)
+    to = b.code.room(x.dtype, x.shape, range(len(x.shape)))
     b.code.add(Scan(text, x, dim_of(given["dim"], len(x.shape)), to, node.name))
     return [Value(x.shape, Load(to, x.dtype))]
