@@ -15,6 +15,7 @@ from pathlib import Path
 
 import torch
 
+from . import __version__
 from .passes.codegen.c.compiler import c_compiler
 from .runtime.cache import cache_folder
 from .runtime.errors import InputError
@@ -86,7 +87,7 @@ def fastest(ways: Mapping[str, Callable[[], object]]) -> str:
 
 def question(about: object) -> str:
     """A key for what is asked: which backend is the fastest for this, on this machine, with these versions."""
-    versions = [importlib.metadata.version(n) for n in ("torch", "onnxruntime") if not _missing(n)]
+    versions = [importlib.metadata.version(n) for n in ("torch", "onnxruntime") if not _missing(n)] + [__version__]
     machine = [platform.machine(), processor(), torch.get_num_threads(), installed()]
     return hashlib.sha256(json.dumps([about, versions, machine], default=str).encode()).hexdigest()
 
