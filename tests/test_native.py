@@ -193,6 +193,16 @@ def test_pictures(name):
     )
 
 
+def test_narrow_vectors(monkeypatch):
+    """What a processor runs that has none but the vectors of its oldest kin."""
+    monkeypatch.setattr(compiler, "NATIVE", ((),))
+    compiler._native.cache_clear()
+    try:
+        test_pictures("grouped")
+    finally:
+        compiler._native.cache_clear()
+
+
 @torch.no_grad()
 def test_zeros_around_pictures_stay_zeros_in_all_phases():
     torch.manual_seed(0)
