@@ -119,7 +119,7 @@ class Builder:
             margin: around it, of zeros.
         """
         lies = value.view
-        if lies is not None and lies.buffer is not None and lies.buffer.tensor is not None and margin is None:
+        if lies is not None and lies.constant and margin is None:
             return contiguous(self.code.kernels.hold(lies), value.shape)
         if order is not None or margin is not None:
             to = self.code.room(value.dtype, value.shape, order or self.order(value), margin)

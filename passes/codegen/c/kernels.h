@@ -39,12 +39,11 @@ INLINE double remainder_d(double a, double b) { double r = fmod(a, b); return r 
 INLINE int64_t remainder_i(int64_t a, int64_t b) { int64_t r = a % b; return r != 0 && (r < 0) != (b < 0) ? r + b : r; }
 INLINE int64_t floor_div_i(int64_t a, int64_t b) { int64_t q = a / b; return a % b != 0 && (a < 0) != (b < 0) ? q - 1 : q; }
 
-/* e^x = 2^n e^r, |r| <= log(2) / 2; 2^n in two factors, so that results below the least normal number come out too. */
-INLINE float exp_f(float x)
+/* e^y = 2^n e^r, |r| <= log(2) / 2: n, and e^r. */
+INLINE float exp_factor(float y, float *whole)
 {
-    float y = x < 89.0f ? x : 89.0f; /* so written one instruction; NaN comes back in the end */
-    y = y > -105.0f ? y : -105.0f;
     float n = rintf(y * 1.44269504f);
+    *whole = n;
     float r = (y - n * 0.693359375f) + n * 2.12194440e-4f;
     float p = 0.000198992871446535f;
     p = p * r + 0.0013933652080595493f;
@@ -53,6 +52,15 @@ INLINE float exp_f(float x)
     p = p * r + 0.1666666716337204f;
     p = p * r + 0.5f;
     p = p * r * r + r + 1.0f;
+    return p;
+}
+
+/* 2^n in two factors, so that results below the least normal number come out too. */
+INLINE float exp_f(float x)
+{
+    float y = x < 89.0f ? x : 89.0f; /* so written one instruction; NaN comes back in the end */
+    y = y > -105.0f ? y : -105.0f;
+    float n, p = exp_factor(y, &n);
     int32_t k = (int32_t)n, half = k / 2;
     float z = p * float_of_bits((half + 127) * (1 << 23)) * float_of_bits((k - half + 127) * (1 << 23));
     return x != x ? x : z;
@@ -64,15 +72,7 @@ INLINE float sigmoid_f(float x)
 {
     float y = -x < 88.0f ? -x : 88.0f;
     y = y > -88.0f ? y : -88.0f;
-    float n = rintf(y * 1.44269504f);
-    float r = (y - n * 0.693359375f) + n * 2.12194440e-4f;
-    float p = 0.000198992871446535f;
-    p = p * r + 0.0013933652080595493f;
-    p = p * r + 0.0083332983776927f;
-    p = p * r + 0.04166646674275398f;
-    p = p * r + 0.1666666716337204f;
-    p = p * r + 0.5f;
-    p = p * r * r + r + 1.0f;
+    float n, p = exp_factor(y, &n);
     float s = 1.0f / (1.0f + p * float_of_bits(((int32_t)n + 127) * (1 << 23)));
     return x != x ? x : s;
 }

@@ -11,7 +11,7 @@ import torch
 
 from .expressions import Dot, Value
 from .operators import FLOATS, TYPES
-from .products import OUT, A, Axis, Product, Target, W, constant, entries, merged, product
+from .products import OUT, A, Axis, Product, Target, W, entries, merged, product
 from .statements import Lines
 from .tiles import Sum, Writer, panels_of, row_parts, sums_of
 from .views import Buffer, NoView, View
@@ -56,9 +56,9 @@ class Kernels:
             NoView: that takes the sum in a buffer of its own first.
         """
         p = product(value, dot, to)
-        lanes, sizes, fixed = self.target.lanes(dot.dtype), p.sizes(), constant(dot.pairs[0][1])
+        lanes, sizes, fixed = self.target.lanes(dot.dtype), p.sizes(), dot.pairs[0][1].constant
         floats = dot.dtype in FLOATS
-        across = merged_across(p.b)
+        across = _merged_across(p.b)
         if floats and fixed and sizes[0] >= lanes > sizes[2] and across[-1][0] >= lanes and across[-1][1][A] == 1:
             writer, w = self._across(p, across)
         elif floats and fixed and sizes[2] >= 2:
@@ -70,10 +70,10 @@ class Kernels:
         self.multiplies += prod(sizes)
         times = f", {sizes[0]} times" if sizes[0] > 1 else ""
         arguments = [
-            _list([_at(a.buffer.name, a.offset) for a, _ in dot.pairs], dot.dtype),  # type: ignore[union-attr]
+            _list([a.pointer for a, _ in dot.pairs], dot.dtype),
             _list(w, dot.dtype),
-            *(_at(v.buffer.name, v.offset) for v in p.others),  # type: ignore[union-attr]
-            _at(to.buffer.name, to.offset),  # type: ignore[union-attr]
+            *(v.pointer for v in p.others),
+            to.pointer,
             *(["{ahead}"] if writer.far else []),
         ]
         text = [
@@ -161,8 +161,7 @@ class Kernels:
             place = [(name, strides[W]) for name, strides in writer.at]
             parts = [(at, w, times, [*place, (str(at), 1)], 1) for at, w, times in panels]
             writer.grid(m, row, rows, parts, False, sums, columns, packed=False)
-        w = p.dot.pairs[0][1]
-        return writer, [_at(w.buffer.name, w.offset)]  # type: ignore[union-attr]
+        return writer, [p.dot.pairs[0][1].pointer]
 
     def _tile(self, rows: int, vectors: int) -> tuple[int, int]:
         """Vectors of a panel, and rows of a tile, that take least work: sums of products, or loading the operands."""
@@ -210,7 +209,7 @@ class Kernels:
         axes = [*merged(p.b), *merged(p.m), *merged(p.n)]
         with writer.loops("b", axes):
             writer.alone()
-        return writer, [_at(w.buffer.name, w.offset) for _, w in p.dot.pairs]  # type: ignore[union-attr]
+        return writer, [w.pointer for _, w in p.dot.pairs]
 
 
 def _in_parts(sums: list[Sum]) -> tuple[list[Sum], list[Sum]]:
@@ -252,7 +251,7 @@ def _divisor(n: int, most: int) -> int:
     return max(d for d in range(1, min(n, most) + 1) if n % d == 0)
 
 
-def merged_across(b: list[Axis]) -> list[Axis]:
+def _merged_across(b: list[Axis]) -> list[Axis]:
     """Axes of which the one that lies innermost in the first operand is the last."""
     return merged(sorted(b, key=lambda x: -abs(x[1][A])))
 
@@ -286,10 +285,6 @@ def _row(p: Product, m: Sequence[Axis]) -> Axis:
 def _even(rows: int, most: int) -> int:
     """The size of blocks of at most so many rows, as even as can be."""
     return -(-rows // -(-rows // min(rows, most)))
-
-
-def _at(name: str, offset: int) -> str:
-    return f"{name} + {offset}" if offset else name
 
 
 def _gathered(view: View, axes: Sequence[Axis]) -> torch.Tensor:

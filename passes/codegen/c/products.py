@@ -54,11 +54,6 @@ def merged(axes: Sequence[Axis]) -> list[Axis]:
     return found
 
 
-def constant(view: View) -> bool:
-    """Whether its entries are known."""
-    return view.buffer is not None and view.buffer.tensor is not None
-
-
 def natural(dot: Dot, shape: Sequence[int], target: Target) -> View:
     """A sum of products as it comes about: the dimensions of its vectors innermost."""
     a, w = dot.pairs[0]
@@ -67,7 +62,7 @@ def natural(dot: Dot, shape: Sequence[int], target: Target) -> View:
     places = [(d, i, in_a[d][i], in_w[d][i]) for d, factors in enumerate(sizes) for i in range(len(factors))]
     b, m, n = ([p for p in places if kind(p[2], p[3]) == x] for x in "bmn")
     many, columns = (prod(sizes[p[0]][p[1]] for p in ps) for ps in (b, n))
-    inner = constant(w) and many > 1 and (columns < 4 or target.lanes(dot.dtype) in range(columns + 1, many + 1))
+    inner = w.constant and many > 1 and (columns < 4 or target.lanes(dot.dtype) in range(columns + 1, many + 1))
     m.sort(key=lambda p: -abs(p[2]))
     made: dict[tuple[int, int], int] = {}
     stride = 1

@@ -64,6 +64,17 @@ class View:
         """The sizes of the dimensions."""
         return tuple(map(size_of, self.dims))
 
+    @property
+    def constant(self) -> bool:
+        """Whether its entries are known."""
+        return self.buffer is not None and self.buffer.tensor is not None
+
+    @property
+    def pointer(self) -> str:
+        """The C expression of the first entry's address, but for computed indices."""
+        assert self.buffer is not None
+        return f"{self.buffer.name} + {self.offset}" if self.offset else self.buffer.name
+
     def _with(self, dims: Iterable[Dim], offset: int = 0, change: Callable[[View], View] | None = None) -> View:
         terms = self.terms
         if change is not None:

@@ -11,7 +11,7 @@ from ....canonicalize import listed
 from .. import views
 from ..builder import Builder, NoForm, form
 from ..expressions import Dot, Load, Number, Value
-from ..products import constant, natural
+from ..products import natural
 from ..views import Dim, NoView, View, one, refine, split
 from .moves import padded
 
@@ -30,7 +30,7 @@ def _matrices(b: Builder, node: fx.Node, x: Value, w: Value) -> Value:
     def beside(v: View, d: int) -> bool:
         return bool(v.dims[d]) and v.dims[d][-1][1] == 1
 
-    turned = (constant(one_) and not constant(two)) or (not constant(two) and not beside(two, 2) and beside(one_, 1))
+    turned = (one_.constant and not two.constant) or (not two.constant and not beside(two, 2) and beside(one_, 1))
     shape = (many, rows, columns)
     for _ in range(2):
         try:
@@ -43,9 +43,9 @@ def _matrices(b: Builder, node: fx.Node, x: Value, w: Value) -> Value:
             natural(dot, shape, b.code.kernels.target)
             return Value(shape, dot)
         except NoView:
-            if not constant(one_):
+            if not one_.constant:
                 one_ = b.put(Value(x.shape, Load(one_, dtype)), node.name, range(3))
-            if not constant(two):
+            if not two.constant:
                 two = b.put(Value(w.shape, Load(two, dtype)), node.name, range(3))
     raise NoForm(str(node.target))
 
