@@ -19,7 +19,7 @@ from . import views
 from .expressions import Call, Dot, Expression, Load, Number, Value, dots_of, factors_of, replaced
 from .kernels import Kernels
 from .operators import COMPARISONS, DIVISIONS, FLOATS, LOGICAL, TYPES, base_name, operator_text
-from .products import Target, natural
+from .products import natural
 from .statements import Arg, Check, Copy, Lines, Reduce, Scan, Store
 from .views import Buffer, Change, Margin, NoView, View, contiguous
 
@@ -131,8 +131,18 @@ class Builder:
         return to
 
     def lie(self, value: Value) -> list[View]:
-        """How what a tensor is made of lies: views of its shape."""
-        return _lie(value, self.code.kernels.target)
+        """The views that a tensor is made of; for a sum of products how it comes about."""
+
+        def leaves(e: Expression) -> Iterator[View]:
+            if isinstance(e, Dot):
+                yield natural(e, value.shape, self.code.kernels.target)
+            elif isinstance(e, Call):
+                for x in e.given:
+                    yield from leaves(x)
+            else:
+                yield from e.leaves()
+
+        return [v for v in leaves(value.expression) if v.buffer is not None]
 
     def order(self, value: Value) -> list[int]:
         """The order of dimensions in which most of a tensor lies, the outermost first."""
@@ -382,21 +392,6 @@ def _extent(view: View) -> int:
     return prod(n for dim in view.dims for n, s in dim if s)
 
 
-def _lie(value: Value, target: Target) -> list[View]:
-    """The views that an expression is made of; for a sum of products how it comes about."""
-
-    def leaves(e: Expression) -> Iterator[View]:
-        if isinstance(e, Dot):
-            yield natural(e, value.shape, target)
-        elif isinstance(e, Call):
-            for x in e.given:
-                yield from leaves(x)
-        else:
-            yield from e.leaves()
-
-    return [v for v in leaves(value.expression) if v.buffer is not None]
-
-
 def _addends(e: Expression) -> list[Expression]:
     """What is summed up."""
     if isinstance(e, Call) and e.text == "{0} + {1}" and e.dtype == e.within:
@@ -422,13 +417,7 @@ def _alike(room: View, shape: Sequence[int], leaves: Sequence[View]) -> View:
     places = [(d, i) for d, s in enumerate(sizes) for i in range(len(s))]
     # what is repeated goes outside, in its order
     places.sort(key=lambda p: -abs(strides[p[0]][p[1]]) or -(1 << 62))
-    made: dict[tuple[int, int], int] = {}
-    stride = 1
-    for d, i in reversed(places):
-        made[d, i] = stride
-        stride *= sizes[d][i]
-    dims = [views.joined((n, made[d, i]) for i, n in enumerate(s)) for d, s in enumerate(sizes)]
-    return View(room.buffer, 0, tuple(dims))
+    return View(room.buffer, 0, views.laid(sizes, places))
 
 
 def margins(graph: fx.Graph) -> dict[fx.Node, Margin]:

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from .expressions import Call, Dot, Expression, Value, factors_of
-from .views import NoView, View, strides_in
+from .views import NoView, View, laid, strides_in
 
 Axis = tuple[int, tuple[int, ...]]  # a size, and the strides of all operands in it
 A, W, OUT = 0, 1, 2  # which of them; what the expression reads besides follows
@@ -64,13 +64,8 @@ def natural(dot: Dot, shape: Sequence[int], target: Target) -> View:
     many, columns = (prod(sizes[p[0]][p[1]] for p in ps) for ps in (b, n))
     inner = w.constant and many > 1 and (columns < 4 or target.lanes(dot.dtype) in range(columns + 1, many + 1))
     m.sort(key=lambda p: -abs(p[2]))
-    made: dict[tuple[int, int], int] = {}
-    stride = 1
-    for d, i, _, _ in reversed([*m, *n, *b] if inner else [*b, *m, *n]):
-        made[d, i] = stride
-        stride *= sizes[d][i]
-    dims = [tuple((n, made[d, i]) for i, n in enumerate(s) if n > 1) for d, s in enumerate(sizes)]
-    return View(a.buffer, 0, tuple(dims))
+    order = [*m, *n, *b] if inner else [*b, *m, *n]
+    return View(a.buffer, 0, laid(sizes, [(d, i) for d, i, _, _ in order]))
 
 
 def kind(a: int, w: int) -> str:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -20,54 +20,24 @@ from torch import fx
 
 from ....runtime.native import Ring
 from ....runtime.program import Program
-from ...canonicalize import bind
 from . import views
-from .builder import Builder, Code, NoForm, margins
+from .builder import Builder, Code, NoForm
 from .core_graph import core_graph
 from .expressions import Load, Value
 from .forms import FORMS
 from .kernels import Kernels
 from .operators import TYPES
 from .products import Target
+from .rings import Phase, moves_by, place_of, push_of, rings_of, window_of
+from .scratch import bytes_of, places_of, scoped
 from .statements import Copy, Lines
-from .views import Buffer, Margin, View, contiguous
+from .views import Buffer, View, contiguous
 
 aten = torch.ops.aten
-_SAME = (aten.clone.default, aten.alias.default, aten.view.default, aten.detach.default)
 _NAMES = re.compile(r"\b[A-Za-z_]\w*\b")
 FAR = 1 << 20  # bytes of constants and state from which on they do not stay in the caches
 LARGE = 8  # tiles of a product from which on it fetches something
 LIMIT = 3000  # loop nests of a step: more take the compiler longer than is worth waiting for
-
-
-@dataclass(frozen=True)
-class Phase:
-    """A program on its way to C.
-
-    Attributes:
-        graph: of few ops.
-        held: the names of the constants that are its last arguments.
-        results: for each output whether there is one.
-    """
-
-    graph: fx.Graph
-    held: list[str]
-    results: list[bool]
-    tensors: Mapping[str, torch.Tensor]
-
-    def placeholders(self) -> list[fx.Node]:
-        """Its arguments."""
-        return [n for n in self.graph.nodes if n.op == "placeholder"]
-
-    def after(self) -> list[fx.Node]:
-        """The parts of the state after it."""
-        returned: Any = self.graph.output_node().args[0]
-        return [_origin(n) for n in returned[len(self.results) :]]
-
-    def outputs(self) -> list[fx.Node]:
-        """What is computed for the caller."""
-        returned: Any = self.graph.output_node().args[0]
-        return [n for n, there in zip(returned, self.results, strict=False) if there]
 
 
 @dataclass(frozen=True)
@@ -89,13 +59,6 @@ class Source:
     rings: list[Ring]
     results: list[list[tuple[tuple[int, ...], torch.dtype] | None]]
     multiplies: int
-
-
-def _origin(node: fx.Node) -> fx.Node:
-    """What a node is the same as."""
-    while node.target in _SAME and node.args[0].meta["val"].shape == node.meta["val"].shape:  # type: ignore[union-attr]
-        node = node.args[0]  # type: ignore[assignment]
-    return node
 
 
 def step_source(
@@ -122,7 +85,7 @@ def step_source(
     for x in arguments:
         if x.dtype not in TYPES:
             raise NoForm("a step", f"on {x.dtype}")
-    rings = _rings(phases, arguments, frames, groups)
+    rings = rings_of(phases, arguments, frames, groups)
     for _ in range(3):  # what comes about in another order once its state does
         file = _File(phases, arguments, frames, rings, target)
         natural = [file.natural[i].most_common(1)[0][0] if i in file.natural else r.order for i, r in enumerate(rings)]
@@ -130,85 +93,6 @@ def step_source(
             break
         rings = [replace(r, order=o) for r, o in zip(rings, natural, strict=True)]
     return file.source()
-
-
-def _pushed(phase: Phase, part: int, frames: int) -> tuple[fx.Node, int, int] | None:
-    """The `cat` that joins frames to a history of which the last are kept, its dimension and how many frames."""
-    state, node = phase.placeholders()[frames + part], phase.after()[part]
-    args: tuple[Any, ...] = node.args
-    if node.target is not aten.slice.Tensor or not isinstance(joined := args[0], fx.Node):
-        return None
-    others: Any = joined.args
-    if joined.target is not aten.cat.default or others[0][0] is not state:
-        return None
-    size, rank = joined.meta["val"].shape, joined.meta["val"].dim()
-    dim = others[1] % rank if len(others) > 1 else 0
-    given = bind(aten.slice.Tensor, args, {})
-    along, start, stop, every = (given[name] for name in ("dim", "start", "end", "step"))
-    new = size[dim] - state.meta["val"].shape[dim]
-    if along % rank != dim or slice(start, stop, every).indices(size[dim]) != (new, size[dim], 1):
-        return None
-    return joined, dim, new
-
-
-def _rings(
-    phases: Sequence[Phase], arguments: Sequence[torch.Tensor], frames: int, groups: Sequence[int]
-) -> list[Ring]:
-    """How state is kept: each history in a ring of frames, all else in two places by turns."""
-    rings = []
-    parts = range(len(groups))
-    for group in dict.fromkeys(groups):
-        mine = tuple(i for i in parts if groups[i] == group)
-        example = arguments[frames + mine[0]]
-        shape = tuple(example.shape)
-        new = [_moved(p, mine, frames) for p in phases]
-        if len(mine) > 1 and all(n is not None for n in new):
-            most = max(n for n in new if n is not None)
-            order = tuple(range(len(shape)))
-            margin = _margin(phases, mine, frames, len(shape))
-            rings.append(Ring(mine, shape, example.dtype, None, len(mine), len(mine) + most, order, margin))
-            continue
-        for i in mine:
-            rings.append(_ring(phases, i, arguments[frames + i], frames))
-    return rings
-
-
-def _ring(phases: Sequence[Phase], part: int, example: torch.Tensor, frames: int) -> Ring:
-    """How one part is kept."""
-    shape = tuple(example.shape)
-    kept = [p.after()[part] is p.placeholders()[frames + part] for p in phases]
-    pushes = [None if same else _pushed(p, part, frames) for p, same in zip(phases, kept, strict=True)]
-    dims = {x[1] for x in pushes if x is not None}
-    if len(dims) == 1 and all(same or x is not None for same, x in zip(kept, pushes, strict=True)):
-        axis = dims.pop()
-        slots = shape[axis] + max(x[2] for x in pushes if x is not None)
-        order = tuple(d for d in range(len(shape)) if d != axis)
-        return Ring((part,), shape, example.dtype, axis, shape[axis], slots, order)
-    margin = _margin(phases, [part], frames, len(shape))
-    return Ring((part,), shape, example.dtype, None, 1, 1 if all(kept) else 2, tuple(range(len(shape))), margin)
-
-
-def _margin(phases: Sequence[Phase], parts: Sequence[int], frames: int, rank: int) -> Margin:
-    """The zeros that programs put around parts of the state, which are kept with them."""
-    found = ((0, 0),) * rank
-    for phase in phases:
-        padded = margins(phase.graph)
-        for i in parts:
-            for node in (phase.placeholders()[frames + i], phase.after()[i]):
-                margin = padded.get(node, ((0, 0),) * rank)
-                found = tuple((max(a, x), max(b, y)) for (a, b), (x, y) in zip(found, margin, strict=True))
-    return found
-
-
-def _moved(phase: Phase, parts: Sequence[int], frames: int) -> int | None:
-    """By how many places a history moves on that is kept frame by frame; None if it does something else."""
-    given, after = phase.placeholders(), phase.after()
-    before = [given[frames + i] for i in parts]
-    now = [after[i] for i in parts]
-    for new in range(len(parts)):
-        if now[: len(parts) - new] == before[new:] and not any(n in before for n in now[len(parts) - new :]):
-            return new
-    return None
 
 
 class _File:
@@ -242,7 +126,7 @@ class _File:
         new = self._new(phase)
         homes: dict[fx.Node, View] = {}
         for (i, j), node in new.items():
-            homes.setdefault(node, _place(i, self.rings[i], j))
+            homes.setdefault(node, place_of(i, self.rings[i], j))
         builder = Builder(code, FORMS, phase.graph, homes)
         parameters = []
         frames: dict[fx.Node, Value] = {}
@@ -261,8 +145,8 @@ class _File:
             code.statements.append(Lines(self._opened(i, ring)))
             for j, part in enumerate(ring.parts):
                 node = given[self.frames + part]
-                builder.env[node] = Value(ring.shape, Load(_place(i, ring, j), ring.dtype))
-            if ring.axis is not None and (pushed := _pushed(phase, ring.parts[0], self.frames)) is not None:
+                builder.env[node] = Value(ring.shape, Load(place_of(i, ring, j), ring.dtype))
+            if ring.axis is not None and (pushed := push_of(phase, ring.parts[0], self.frames)) is not None:
                 pushes[pushed[0]] = i, pushed[2]
         for node, value in frames.items():
             builder.env[node] = builder.settled(value, node)
@@ -287,7 +171,7 @@ class _File:
             builder.store(value, contiguous(Buffer(name, value.dtype), value.shape), f"output {node.name}")
         moved = dict(pushes.values()) | dict(Counter(i for i, _ in new))
         for (i, j), node in new.items():
-            value, place = builder.of(node), _place(i, self.rings[i], j)
+            value, place = builder.of(node), place_of(i, self.rings[i], j)
             self._note(i, builder.came.get(node) or builder.order(value))
             if value.view is None or value.view.offset != place.offset or value.view.buffer != place.buffer:
                 builder.store(value, place, f"state {i}")
@@ -305,7 +189,7 @@ class _File:
             if ring.axis is not None:
                 continue
             if len(ring.parts) > 1:
-                count = _moved(phase, ring.parts, self.frames)
+                count = moves_by(phase, ring.parts, self.frames)
                 assert count is not None
             else:
                 count = int(after[ring.parts[0]] is not given[self.frames + ring.parts[0]])
@@ -336,7 +220,7 @@ class _File:
         axis = ring.axis
         assert axis is not None
         joined: Any = node.args[0]
-        place, at = _window(i, ring, ring.frames + new), ring.frames
+        place, at = window_of(i, ring, ring.frames + new), ring.frames
         for x in joined[1:]:
             value = builder.of(x)
             if value.dtype != ring.dtype:
@@ -373,13 +257,14 @@ class _File:
             head += [
                 f"const {TYPES[b.dtype]} *restrict {b.name} = p[{places[b.name]}];" for b in kept if b.name in mine
             ]
-            held, size = _shared([b for b in code.scratch if not b.zeros], named[number], room)
+            held, size = places_of([b for b in code.scratch if not b.zeros], named[number], room)
             held |= lasting[number]
             ahead = self._fetched(code, named[number], kept)
+            body = scoped(code.statements, named[number], held, ahead)
             most = max(most, size)
             functions += [
                 f"int step_{number}({', '.join(['void *const *restrict p, int k', *parameters])})", "{",
-                *("  " + x for x in (*head, *_scoped(code, named[number], held, ahead))), "  return 0;", "}", "",
+                *("  " + x for x in (*head, *body)), "  return 0;", "}", "",
             ]  # fmt: skip
         text = "\n".join([*self._preamble(), *self.kernels.source(), *functions])
         tensors = [b.tensor for b in kept if b.tensor is not None]
@@ -416,7 +301,7 @@ class _File:
             for b in code.scratch:
                 if b.zeros and b.name in used:
                     found[-1][b] = room
-                    room += _bytes(b)
+                    room += bytes_of(b)
         return found, room
 
     def _preamble(self) -> Iterator[str]:
@@ -431,66 +316,3 @@ class _File:
         yield "/* p: where the frames of each ring begin (before and after, by turns), scratch, rings, constants."
         yield "   A step returns 1, and the state is as it was, if an index lies outside of what it chooses from. */"
         yield ""
-
-
-def _bytes(b: Buffer) -> int:
-    """What it takes, up to where the next may begin."""
-    return -(-b.size * b.dtype.itemsize // 64) * 64
-
-
-def _shared(buffers: Sequence[Buffer], named: Sequence[set[str]], first: int) -> tuple[dict[Buffer, int], int]:
-    """Places of buffers, from a byte on, and where they end. Those that are never in use together may share theirs."""
-    found: dict[Buffer, int] = {}
-    live: list[tuple[int, int, int]] = []  # where one begins, where it ends, the last statement that uses it
-    most = first
-    spans = {b: [i for i, names in enumerate(named) if b.name in names] for b in buffers}
-    for b in sorted((b for b in buffers if spans[b]), key=lambda b: spans[b][0]):
-        live = sorted(x for x in live if x[2] >= spans[b][0])
-        size, at = _bytes(b), first
-        gaps = []
-        for begin, end, _ in live:
-            if begin - at >= size:
-                gaps.append((begin - at, at))
-            at = max(at, end)
-        at = min(gaps)[1] if gaps else at
-        found[b] = at
-        live.append((at, at + size, spans[b][-1]))
-        most = max(most, at + size)
-    return found, most
-
-
-def _scoped(code: Code, named: Sequence[set[str]], places: Mapping[Buffer, int], ahead: Sequence[str]) -> Iterator[str]:
-    """The lines of a function, in which each statement declares the buffers that it uses: these may share places."""
-    by_name = {b.name: b for b in places}
-    for statement, names, fetched in zip(code.statements, named, ahead, strict=True):
-        *first, last = statement.text
-        lines = [*first, last.replace("{ahead}", fetched)]
-        mine = sorted(names & by_name.keys(), key=lambda name: int(name[1:]))
-        if not mine:
-            yield from lines
-            continue
-        comments = 1 if lines[0].startswith("/*") else 0
-        yield from lines[:comments]
-        yield "{"
-        for name in mine:
-            b = by_name[name]
-            yield f"  {TYPES[b.dtype]} *restrict {name} = (void *)((char *)p[2] + {places[b]});"
-        yield from ("  " + x for x in lines[comments:])
-        yield "}"
-
-
-def _place(i: int, ring: Ring, j: int) -> View:
-    """A part of a ring."""
-    if ring.axis is not None:
-        return _window(i, ring, ring.frames)
-    margin = ring.margin or None
-    return views.ordered(
-        views.buffer(f"h{i}_{j}", ring.dtype, ring.shape, ring.order, margin), ring.shape, ring.order, margin
-    )
-
-
-def _window(i: int, ring: Ring, frames: int) -> View:
-    """So many frames of a history, which lie in one piece."""
-    assert ring.axis is not None
-    shape = [frames if d == ring.axis else n for d, n in enumerate(ring.shape)]
-    return views.ordered(Buffer(f"h{i}", ring.dtype), shape, [ring.axis, *ring.order])

@@ -59,6 +59,12 @@ def row_parts(rows: int, block: int) -> list[tuple[int, int, int]]:
     return [(0, block, full), *([(full * block, rest, 1)] if rest else [])]
 
 
+def _head(name: str, end: int, first: int = 0, step: int = 1) -> str:
+    """That of a loop."""
+    by = f"{name}++" if step == 1 else f"{name} += {step}"
+    return f"for (int {name} = {first}; {name} < {end}; {by})"
+
+
 def _index(terms: Sequence[tuple[str, int]]) -> str:
     parts = [v if s == 1 else str(int(v) * s) if v.isdigit() else f"{v} * {s}" for v, s in terms if s and v != "0"]
     return " + ".join(parts) or "0"
@@ -109,59 +115,58 @@ class Writer:
     # -- loops ---------------------------------------------------------------------------------------------------------
 
     @contextmanager
+    def within(self, heads: Sequence[str], times: int = 1, at: Sequence[At] = ()) -> Iterator[None]:
+        """Blocks that are open for a while.
+
+        Args:
+            heads: what stands before each.
+            times: how often the innermost runs.
+            at: the variables of loops.
+        """
+        outer, count = self.pad, len(self.at)
+        for head in heads:
+            self.line(f"{head} {{".lstrip())
+            self.pad += "  "
+        self.at += at
+        self.times *= times
+        yield
+        self.times //= times
+        del self.at[count:]
+        self.close(outer)
+
+    @contextmanager
     def loops(self, name: str, axes: Sequence[Axis]) -> Iterator[None]:
         """Loops over axes of the result."""
-        outer, count = self.pad, len(self.at)
-        for i, (size, strides) in enumerate(axes):
-            self.line(f"for (int {name}{i} = 0; {name}{i} < {size}; {name}{i}++) {{")
-            self.at.append((f"{name}{i}", strides))
-            self.pad += "  "
-        self.times *= entries(axes)
-        yield
-        self.times //= entries(axes)
-        self.close(outer)
-        del self.at[count:]
+        heads = [_head(f"{name}{i}", size) for i, (size, _) in enumerate(axes)]
+        with self.within(heads, entries(axes), [(f"{name}{i}", strides) for i, (_, strides) in enumerate(axes)]):
+            yield
 
     @contextmanager
     def parts(self, sums: Sequence[Sum]) -> Iterator[None]:
         """Loops over parts of the sums, each of which is added to what lies in the result."""
-        outer, self.outside = self.pad, list(sums)
-        self.times *= prod(x.size for x in sums)
-        for x in sums:
-            self.line(f"for (int {x.name} = 0; {x.name} < {x.size}; {x.name}++) {{")
-            self.pad += "  "
-        if sums:
-            self.line(f"const bool first = {' && '.join(f'{x.name} == 0' for x in sums)};")
-            self.line(f"const bool last = {' && '.join(f'{x.name} == {x.size - 1}' for x in sums)};")
-        yield
-        self.close(outer)
+        self.outside = list(sums)
+        with self.within([_head(x.name, x.size) for x in sums], prod(x.size for x in sums)):
+            if sums:
+                self.line(f"const bool first = {' && '.join(f'{x.name} == 0' for x in sums)};")
+                self.line(f"const bool last = {' && '.join(f'{x.name} == {x.size - 1}' for x in sums)};")
+            yield
+        self.outside = []
 
     @contextmanager
     def channels(self, last: Axis, vectors: int) -> Iterator[None]:
         """A loop over vectors of channels, of which the last begins earlier, where that makes it whole."""
         size, strides = last
-        step, outer, count = vectors * self.lanes, self.pad, len(self.at)
-        self.line(f"for (int i = 0; i < {size}; i += {step}) {{")
-        self.pad += "  "
-        self.line(f"const int c = {'i' if size % step == 0 else f'i < {size - step} ? i : {size - step}'};")
-        self.at.append(("c", strides))
-        self.times *= -(-size // step)
-        yield
-        self.times //= -(-size // step)
-        self.close(outer)
-        del self.at[count:]
+        step = vectors * self.lanes
+        with self.within([_head("i", size, step=step)], -(-size // step), [("c", strides)]):
+            self.line(f"const int c = {'i' if size % step == 0 else f'i < {size - step} ? i : {size - step}'};")
+            yield
 
     @contextmanager
     def each(self, name: str, first: int, step: int, times: int) -> Iterator[str]:
         """A loop, or a block if it runs once; its variable, or the number that this would have."""
-        head = f"for (int {name} = {first}; {name} < {first + step * times}; {name} += {step}) {{"
-        self.line(head if times > 1 else "{")
-        self.pad += "  "
-        self.times *= times
-        yield name if times > 1 else str(first)
-        self.times //= times
-        self.pad = self.pad[:-2]
-        self.line("}")
+        head = _head(name, first + step * times, first, step) if times > 1 else ""
+        with self.within([head], times):
+            yield name if times > 1 else str(first)
 
     def grid(
         self, m: Sequence[Axis], row: Axis, rows: int, panels: Sequence[Panel], by_rows: bool, sums: Sequence[Sum],
@@ -249,11 +254,10 @@ class Writer:
         self.fetch()
         made, outer = self.sums(rows, vectors, copies), self.pad
         if self.outside:
-            self.line("if (!first) {")
-            for r, totals in enumerate(made):
-                for v, (total, *_) in enumerate(totals):
-                    self.line(f"  {total} = *({self.vector} *)(out + {self.place(row, column, r, v)});")
-            self.line("}")
+            with self.within(["if (!first)"]):
+                for r, totals in enumerate(made):
+                    for v, (total, *_) in enumerate(totals):
+                        self.line(f"{total} = *({self.vector} *)(out + {self.place(row, column, r, v)});")
         self.over(sums, row, w_at, copies)
         a_k, w_k = [(x.name, x.a) for x in k], [(x.name, x.w) for x in k]
         for c in range(copies):
@@ -271,14 +275,10 @@ class Writer:
         self.close(outer)
         totals = [[" + ".join(x) for x in s] for s in made]
         if self.outside and self.p.value.expression != self.p.dot:
-            self.line("if (!last) {")
-            self.pad += "  "
-            self.straight(totals, row, column, there)
-            self.pad = outer
-            self.line("} else {")
-            self.pad += "  "
-            self.store(totals, row, column, there)
-            self.close(outer)
+            with self.within(["if (!last)"]):
+                self.straight(totals, row, column, there)
+            with self.within(["else"]):
+                self.store(totals, row, column, there)
         else:
             self.store(totals, row, column, there)
 

@@ -220,6 +220,21 @@ def cut(left: list[Factor], size: int) -> list[Factor]:
     return taken
 
 
+def laid(sizes: Sequence[Sequence[int]], places: Iterable[tuple[int, int]]) -> tuple[Dim, ...]:
+    """Dimensions of factors of these sizes, without gaps.
+
+    Args:
+        sizes: for each dimension those of its factors.
+        places: all factors, as dimension and number in it, the outermost first.
+    """
+    strides: dict[tuple[int, int], int] = {}
+    stride = 1
+    for d, i in reversed(list(places)):
+        strides[d, i] = stride
+        stride *= sizes[d][i]
+    return tuple(joined((n, strides[d, i]) for i, n in enumerate(s)) for d, s in enumerate(sizes))
+
+
 def refine(dims: Sequence[Dim]) -> list[int]:
     """The sizes of factors into which all these dimensions, of as many entries, can be cut.
 
