@@ -41,7 +41,8 @@ from .errors import CaptureError, raised_at
 from .functionalize import functionalize, needs_functionalization
 from .inline_regions import inline_regions
 from .known_values import KnownValues
-from .leave_as_found import as_for_inference, run
+from .leave_as_found import as_for_inference, run, written_by
+from .own_writes import DataAccess, OwnWrites, Unsteady, check_repeats, check_writes, on_copies
 from .record_calls import record_calls
 from .reference import Reference
 from .registry import entry, find_rule
@@ -179,19 +180,25 @@ def capture(
             try:
                 with as_for_inference(model), time_limit(TIME_LIMIT):  # each way: forward may leave something behind
                     inputs, known = clock.resized(example, point), KnownValues(model)
-                    program = way(model, inputs, clock, known)
+                    with on_copies(model, written_by(model)):
+                        program = way(model, inputs, clock, known)
                     found = _from_export(model, program, clock, point, known, recorded=way is _export_recorded)
                 found.way = way.__name__
+                if like is None:
+                    check_repeats(model, inputs)
                 if found.symbolic_batch or clock.batch(inputs) == batch:
                     return found
                 raise CaptureError("the model fixes the batch size")
             except Exception as error:
-                if "which is not a known type" in str(error) and _make_known(model, inputs):
+                known_type = "which is not a known type" in str(error) and _make_known(model, inputs)
+                if known_type or isinstance(error, OwnWrites):
                     return capture(model, example, clock, ticks, batch, like, closed)
                 where = raised_at(error)
                 told = _told(error, where)
-                if isinstance(error, SizeReturned):  # the other ways would take it for a constant
-                    raise CaptureError(told) from error
+                if isinstance(error, (SizeReturned, Unsteady)):  # the other ways would take it for a constant
+                    failure = CaptureError(told)
+                    failure.always = isinstance(error, Unsteady)
+                    raise failure from error
                 if isinstance(error, SizeFixed):
                     fixed_axes |= error.axes
                 causes.setdefault(where or told, told)
@@ -247,6 +254,8 @@ def _told(error: Exception, where: str | None) -> str:
     elif _packs(error):
         reason = PACKS
         hint = "give recurrent layers the clip itself: in a stream nothing is padded, and lanes have a `length`"
+    elif isinstance(error, Unsteady):
+        reason, hint = NOT_TRACED + _cause(error), error.hint
     elif isinstance(error, CaptureError):
         reason = NOT_TRACED + _cause(error)
     else:
@@ -267,7 +276,7 @@ def _packs(error: Exception) -> bool:
 def _export(
     model: nn.Module, inputs: tuple[torch.Tensor, ...], dims: list[dict[int, Any]], known: KnownValues
 ) -> ExportedProgram:
-    with symbolic_recurrence(), caught_errors(), both_branches(known), unsolved_sizes(), known:
+    with symbolic_recurrence(), caught_errors(), both_branches(known), unsolved_sizes(), DataAccess(), known:
         program = export(
             model,
             inputs,
@@ -414,9 +423,7 @@ def _from_export(
         else:
             new = graph.node_copy(node, env.__getitem__)
         env[node] = new
-    outputs = program.graph_signature.output_specs
-    if any(o.kind.name != "USER_OUTPUT" for o in outputs):
-        raise CaptureError("the model changes its buffers or inputs in forward, even in eval mode")
+    check_writes(model, program)
     out_spec = _tensors_alone(graph, program.call_spec.out_spec)
     symbols = _symbols(placeholders, clock)
     free = {

@@ -12,6 +12,7 @@ import contextlib
 import functools
 import sys
 import types
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
@@ -36,12 +37,14 @@ def as_for_inference(model: nn.Module) -> Iterator[None]:
     with _disable_current_modes():
         data = [(p, p.detach()) for p in given]
     held = [(c, list(c) if isinstance(c, list) else dict(c)) for c in containers(model)]
+    names = written_by(model)
+    written = [t for n, t in (*model.named_parameters(), *model.named_buffers()) if n in names and not t.is_inference()]
     fastpath = torch.backends.mha.get_fastpath_enabled()
     try:
         for m, *_ in before:
             m.training = False
         torch.backends.mha.set_fastpath_enabled(False)
-        with _computed_anew():
+        with _computed_anew(), _unwritten(written):
             yield
     finally:
         for m, training, attributes, buffers in before:
@@ -67,6 +70,34 @@ def run(model: nn.Module, inputs: Sequence[torch.Tensor]) -> Any:
     buffers = {n: b.clone() for n, b in model.named_buffers()}
     with torch.no_grad(), as_for_inference(model):
         return torch.func.functional_call(model, buffers, tuple(inputs))
+
+
+@contextlib.contextmanager
+def _unwritten(tensors: Sequence[torch.Tensor]) -> Iterator[None]:
+    """Afterwards these hold what they held before, and count no writes."""
+    with _disable_current_modes():
+        content = [x.detach().clone() for x in tensors]
+    versions = [x._version for x in tensors]
+    try:
+        yield
+    finally:
+        with _disable_current_modes(), torch.no_grad():
+            for x, before in zip(tensors, content, strict=True):
+                x.copy_(before)
+            torch._C._autograd._unsafe_set_version_counter(tuple(tensors), tuple(versions))
+
+
+_written: weakref.WeakKeyDictionary[nn.Module, set[str]] = weakref.WeakKeyDictionary()
+
+
+def written_by(model: nn.Module) -> set[str]:
+    """The names of the parameters and buffers to which forward writes, as far as is known."""
+    return _written.get(model, set())
+
+
+def note_written(model: nn.Module, names: Iterable[str]) -> None:
+    """Forward writes to these."""
+    _written.setdefault(model, set()).update(names)
 
 
 def _own_buffers(module: nn.Module) -> dict[str, torch.Tensor | None]:

@@ -177,25 +177,6 @@ def test_a_list_of_what_was_seen() -> None:
     assert model.seen == [] and model.calls == 0
 
 
-def test_a_model_that_replaces_its_parameters_is_refused_and_left_alone() -> None:
-    """Weights that are normed anew in each call, by their ``data``."""
-
-    class Normed(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.weight = nn.Parameter(torch.randn(4, 4) * 5)
-
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            self.weight.data = torch.renorm(self.weight.data, p=2, dim=0, maxnorm=1)
-            return torch.einsum("oc,bct->bot", self.weight, x)
-
-    model, clip = Normed().eval(), torch.randn(2, 4, 12)
-    before = model.weight.detach().clone()
-    with pytest.raises(cofx.CaptureError, match="changes its parameters"):
-        cofx.compile(model, clip)
-    assert torch.equal(model.weight, before)
-
-
 def test_a_constant_that_is_made_in_thousands_of_steps() -> None:
     """A mask that is filled entry by entry, say: it is followed without recursion."""
     graph = torch.fx.Graph()

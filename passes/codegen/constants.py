@@ -52,6 +52,13 @@ class Constants:
         """Whether what was computed from has changed since."""
         return any((version(t), content(t)) != (v, c) for t, v, c in self.folded.values())
 
+    def rewritten(self) -> bool:
+        """Whether something else was written to what was computed from; if the same was, that counts no longer."""
+        if any(content(t) != c for t, _, c in self.folded.values()):
+            return True
+        self.folded = {i: (t, version(t), c) for i, (t, _, c) in self.folded.items()}
+        return False
+
     def known(self, node: fx.Node) -> bool:
         """Whether a node depends on parameters alone."""
         return node not in self.batched
