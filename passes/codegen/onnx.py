@@ -8,6 +8,7 @@ and ``state_out_000``, ... in the order of the states that they follow. A state 
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import logging
 import math
@@ -22,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import fx, nn
 from torch._decomp import decomposition_table
+from torch.export import ExportedProgram
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils import _pytree as pytree
 
@@ -29,6 +31,7 @@ from ...runtime.onnx_meta import FORMAT
 from ...runtime.state_file import folder_of
 from ..capture import untraced
 from ..errors import CompileError, user_frame
+from ..functionalize import mutates
 from ..schedule_delays import Schedule
 from .lane_states import lane_schedule
 from .lanes import LaneProgram, generate_exported, model_axes
@@ -38,9 +41,17 @@ from .onnx_names import OUTER, name_batch, name_values, tell_modules
 if TYPE_CHECKING:
     from ..pipeline import Plan
 
+aten = torch.ops.aten
+
 OPSET = 18
 LARGEST = 2_000_000_000  # bytes in one file
 CONTROLS = {"start": torch.bool, "ready": torch.bool, "length": torch.int64}
+
+# written as others too, but the exporter knows their ONNX forms
+_VIEWS = {
+    aten.reshape.default, aten.flatten.using_ints, aten.unflatten.int, aten.narrow.default, aten.expand_as.default,
+    aten.broadcast_to.default, aten.contiguous.default, aten.mT.default, aten.chunk.default, aten.dropout.default,
+}  # fmt: skip
 
 
 class OnnxError(CompileError):
@@ -209,11 +220,43 @@ def onnx_model(
             exported = torch.export.export(step, tuple(arguments), dynamic_shapes=dynamic_shapes, strict=False)
             if table := decompositions(exported.graph, plain):
                 exported = exported.run_decompositions(table)
+            _decompose_once(exported)
             converted = torch.onnx.export(exported, dynamo=True, verbose=False, **options)
         except torch.onnx.errors.OnnxExporterError as error:
             raise _blame(plan, error) from error
     assert converted is not None
     return converted.model_proto
+
+
+def _decompose_once(exported: ExportedProgram) -> None:
+    """Spare the exporter its own decompositions where they have nothing to do: the program would be traced anew."""
+    for node in exported.graph.nodes:
+        if node.target is aten.movedim.int:  # which the exporter does not know
+            rank = node.meta["val"].dim()
+            source, to = (d % rank for d in node.args[1:])
+            order = [d for d in range(rank) if d != source]
+            order.insert(to, source)
+            node.target, node.args = aten.permute.default, (node.args[0], order)
+    anew = exported.run_decompositions
+    graphs = [m.graph for m in exported.graph_module.modules() if isinstance(m, fx.GraphModule)]
+    ops = {n.target for graph in graphs for n in graph.nodes if n.op == "call_function"}
+
+    def run_decompositions(table: Any = None, **options: Any) -> ExportedProgram:
+        idle = table is not None and not any(op in table or mutates(op) or _always_decomposed(op) for op in ops)
+        return exported if idle else anew(table, **options)
+
+    exported.run_decompositions = run_decompositions
+
+
+@functools.cache
+def _always_decomposed(op: Any) -> bool:
+    """Whether torch writes an op as others whatever the table says, and ONNX has no form for it."""
+    return (
+        isinstance(op, torch._ops.OpOverload)
+        and torch._C._dispatch_has_kernel_for_dispatch_key(op._name, "CompositeImplicitAutograd")
+        and op not in _VIEWS
+        and op not in torch.export.default_decompositions()
+    )
 
 
 def _example(shape: Sequence[int], batch: int | None, dtype: torch.dtype, lanes: int, device: Any) -> torch.Tensor:
