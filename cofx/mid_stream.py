@@ -102,37 +102,62 @@ class MidStream:
     def chunk(
         self, state: StreamState, chunks: Sequence[torch.Tensor], ticks: int
     ) -> tuple[list[list[torch.Tensor]], StreamState] | None:
-        """The frames of each output and the state after a chunk, as steps of a backend that keeps the state itself.
+        """The frames of each output and the state after a chunk, taken step by step.
 
-        None where that backend is not there, or one program with time as batch is faster. Pictures are not, whose
-        chunks are three-dimensional convolutions; nor is what stays in the caches, and is one call for each step.
+        None where one program of all ticks is faster. It is not where frames are large pictures (three-dimensional
+        convolutions): in other backends, and in torch's own kernels for several lanes; nor where a step is one call
+        for what stays in the caches.
         """
-        compiled, spec = self.compiled, self.compiled.spec
-        frames = spec.frame(chunks)
-        if self.backend == "eager" or state.count < compiled.steady_from:
-            return None
-        if _watched() or not compiled.folded():
+        compiled = self.compiled
+        if state.count < compiled.steady_from or _watched() or not compiled.folded():
             return None
         if torch.is_grad_enabled() and (any(x.requires_grad for x in chunks) or state.requires_grad):
             return None
+        frames = compiled.spec.frame(chunks)
         shapes = tuple(x.shape for x in frames)
-        if not self._pictures and shapes not in self._chosen:
+        if not self._pictures and (self.backend == "eager" or shapes not in self._chosen):
             return None
         compiled.notice()
-        home = self._homes.get((self.prepare(frames, state.batch), shapes))
-        if home is None or not (self._pictures or home.small):
-            return None
-        parts: list[list[torch.Tensor]] = [[] for _ in compiled.plan.outputs]
-        here = state.leave()  # steps write over what is older than the step before
-        if here is None or here.home is not home:
-            here = home.load(self._parts(state))
+        backend = "eager" if self.backend == "eager" else self.prepare(frames, state.batch)
+        home = self._homes.get((backend, shapes))
+        if home is not None and (self._pictures or home.small):
+            here = state.leave()  # steps write over what is older than the step before
+            if here is None or here.home is not home:
+                here = home.load(self._parts(state))
+            outputs, placed = self._steps(home.step, state.count, chunks, ticks, here)
+            return outputs, self._resident(state, ticks, placed)
+        if backend == "eager" and self._pictures and compiled.large_frames and (state.batch or 1) > 1:
+            runs = [self.program(phase, apart=True) for phase in range(self._period)]
+
+            def step(phase: int, frames: Sequence[torch.Tensor], kept: Any) -> Any:
+                return runs[phase](*frames, *kept)  # type: ignore[misc]
+
+            if None not in runs:
+                outputs, kept = self._steps(step, state.count, chunks, ticks, self._parts(state))
+                return outputs, StreamState(state.count + ticks, None, state.batch, kept, compiled.specs)
+        return None
+
+    def _steps(
+        self, step: Callable[..., Any], count: int, chunks: Sequence[torch.Tensor], ticks: int, kept: Any
+    ) -> tuple[list[list[torch.Tensor]], Any]:
+        """The frames of each output of a chunk, and what is kept after it.
+
+        Args:
+            step: ``(phase, frames, kept) -> (outputs, kept after)``.
+            count: ticks before the chunk.
+            chunks: frames of each input.
+            ticks: how many.
+            kept: before the chunk.
+        """
+        spec, leaves = self.compiled.spec, self.compiled.plan.outputs
+        parts: list[list[torch.Tensor]] = [[] for _ in leaves]
         for t in range(ticks):
             frames = spec.frame(spec.part(chunks, t, 1))
-            outputs, here = home.step((state.count + t) % self._period, frames, here)
-            for part, leaf, y in zip(parts, compiled.plan.outputs, outputs, strict=True):
+            outputs, kept = step((count + t) % self._period, frames, kept)
+            for part, leaf, y in zip(parts, leaves, outputs, strict=True):
                 if y is not None:
                     part.append(y.unsqueeze(leaf.value.layout.time) if leaf.value is not None and leaf.single else y)
-        return parts, self._resident(state, ticks, here)
+        return parts, kept
 
     def make_traced(self) -> None:
         """Make the programs that `torch.compile` traces: those that are made while it looks on it compiles anew."""

@@ -70,6 +70,20 @@ def test_pictures(batch):
     torch.testing.assert_close(step.flush(), want[:, :, len(got) :], rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("batch", [1, 3])
+@torch.no_grad()
+def test_chunks_of_pictures(batch):
+    """Of several lanes they are steps; either way the stream goes on, by frame or by chunk."""
+    clip = torch.randn(batch, 3, 20, 40, 36)
+    model, step = video(clip)
+    want = model(clip)
+    sizes = [1] * 7 + [4, 1, 5, 3]
+    got = [step.forward_steps(part) if n > 1 else step.forward_step(part[:, :, 0])
+           for n, part in zip(sizes, clip.split(sizes, 2), strict=True)]  # fmt: skip
+    frames = torch.cat([y if n > 1 else y[:, :, None] for n, y in zip(sizes, got, strict=True) if y is not None], 2)
+    torch.testing.assert_close(torch.cat([frames, step.flush()], 2), want, rtol=1e-4, atol=1e-5)
+
+
 @torch.no_grad()
 def test_changes_of_form():
     """Steps, chunks and snapshots in turn."""
