@@ -50,6 +50,7 @@ RESULTS = Path(__file__).parent / "results" / "run.json"
 Block = Callable[[], None]
 HOT = 3  # calls of a block at least, after the first
 LONG = 0.2  # seconds of a call for which one is enough: its caches are its own in any case
+PERIODS = 9  # for the medians of each phase
 CLOSE = 1e-5  # of the largest number of an output: what float32 leaves of a deep net, offline as in a stream
 
 
@@ -98,6 +99,7 @@ def cofx_variants(
         if not first:
             first = last
         row[f"same {backend}"] = all(_same(a, b) for a, b in zip(last, first, strict=True))
+        row.setdefault("slowest phase us", {})[backend] = _slowest_phase(step, frames, period)
         variants[backend] = _steps(step, frames, period), period
         for n in chunks if backend == "eager" else ():
             take = n + -n % period
@@ -119,6 +121,16 @@ def _steps(step: Any, frames: list[torch.Tensor], period: int) -> Block:
             place[0] += 1
 
     return block
+
+
+def _slowest_phase(step: Any, frames: list[torch.Tensor], period: int) -> float:
+    """The median time of the steps of a phase, of that phase in which it is longest."""
+    taken: list[list[float]] = [[] for _ in range(period)]
+    for i in range(PERIODS * period):
+        began = time.process_time()
+        step.forward_step(frames[i % len(frames)])
+        taken[i % period].append(time.process_time() - began)
+    return round(max(map(statistics.median, taken)) * 1e6, 1)
 
 
 def _same(a: Any, b: Any) -> bool:
@@ -251,6 +263,9 @@ def table(rows: list[dict[str, Any]]) -> str:
                 cold = f"; {first:.1f}x where other work has just emptied the caches"
             lines += ["", f"Best backend over continual-inference, batch {batch}, geometric mean of {len(found)} rows: "
                           f"{ratio:.1f}x{cold}."]  # fmt: skip
+    slowest = [min(r["slowest phase us"].values()) / r["offline"]["us"] for r in rows if "slowest phase us" in r]
+    if slowest:
+        lines += ["", f"The slowest phase of a step, by its best backend: at most {max(slowest):.2f} of the window."]
     refused = {r["workload"]: r["tract_error"].splitlines()[-1].strip() for r in rows if "tract_error" in r}
     lines += ["", *(f"- tract does not take {name}: {why}" for name, why in refused.items())] if refused else []
     kept = [r["state_bytes"] / r["continual_state_bytes"] for r in rows if r.get("continual_state_bytes")]

@@ -14,7 +14,7 @@ from work import check_state_size, check_work
 
 NAMES = {sample.name: sample for sample in SAMPLES}
 FURTHER = {"state_size": check_state_size, "work": check_work}
-OF_EACH = ("offline", "chunks", "flush")
+OF_EACH = ("offline", "chunks")  # whose streams are flushed too
 FIRST_CLIPS = [sample for sample in SAMPLES if sample.kind == "first-clip"]
 
 

@@ -204,6 +204,7 @@ def test_steps_compiled_by_inductor(call: str) -> None:
     torch.testing.assert_close(step.flush(), wanted[:, :, got.shape[2] :], rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_lanes_compiled_by_inductor() -> None:
     """A graph to begin with and one for what follows, whatever the masks hold; masks that are no tensors run as they
     are."""
