@@ -111,24 +111,22 @@ def check_writes(model: nn.Module, program: ExportedProgram) -> None:
 
 
 def check_repeats(model: nn.Module, inputs: Sequence[torch.Tensor]) -> None:
-    """Raise `Unsteady` if a model that writes to its own tensors gives something else at a later call."""
-    written = sorted(written_by(model))
+    """Raise `Unsteady` if a model that writes to its own tensors gives something else at a later call, or on copies."""
+    written = written_by(model)
     if not written:
         return
-    names = {*written, *(name for name, _ in model.named_buffers(remove_duplicate=False))}
     turned = [x.flip(tuple(range(x.dim()))) for x in inputs]
-    with torch.no_grad(), as_for_inference(model), _copied(model, names):
+    with torch.no_grad(), as_for_inference(model):
+        with _copied(model, written):
+            traced = [y.clone() for y in _tensors(model(*inputs))]
         first, _, second, third = ([y.clone() for y in _tensors(model(*x))] for x in (inputs, turned, inputs, inputs))
-    if _alike(first, second):
+    if _alike(traced, first) and _alike(first, second):
         return
-    settles = _alike(second, third)
-    raise Unsteady(
-        f"forward changes {', '.join(written)}, and the model then gives something else"
-        + (" from its second call on" if settles else " at each call"),
-        "call the model once on a clip, then compile it"
-        if settles
-        else "write forward so that what it gives depends on its inputs alone, not on the calls before",
-    )
+    reason = f"forward changes {', '.join(sorted(written))}, and the model then gives something else"
+    if _alike(second, third):
+        raise Unsteady(f"{reason} from its second call on", "call the model once on a clip, then compile it")
+    hint = "write forward so that what it gives depends on its inputs alone, not on the calls before"
+    raise Unsteady(f"{reason} at each call", hint)
 
 
 def _tensors(outputs: Any) -> list[torch.Tensor]:

@@ -59,6 +59,18 @@ class Scratch(nn.Conv1d):
         return super().forward(x) + self.room[0][:, None]
 
 
+class BoundedMemory(nn.Module):
+    """Weights that a recurrent layer also keeps in a list of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.memory = nn.GRU(4, 4, batch_first=True)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.memory.weight_hh_l0.data.clamp_(-0.2, 0.2)
+        return self.memory(x.mT)[0].mT
+
+
 class Growing(Counting):
     """What is counted is used."""
 
@@ -79,14 +91,14 @@ def content(model: nn.Module) -> dict[str, torch.Tensor]:
     return {name: value.clone() for name, value in model.state_dict().items()}
 
 
-@pytest.mark.parametrize("kind", [Bounded, Clamped, Counting, Scratch])
+@pytest.mark.parametrize("kind", [Bounded, Clamped, Counting, Scratch, BoundedMemory])
 def test_a_model_that_gives_the_same_at_each_call(kind) -> None:
     case = compile_case(Sample(kind.__name__, kind, [(2, 4, 20)]))
     for check in ("offline", "steps", "chunks"):
         run_check(case, check)
 
 
-@pytest.mark.parametrize("kind", [Bounded, Clamped, Counting, Scratch])
+@pytest.mark.parametrize("kind", [Bounded, Clamped, Counting, Scratch, BoundedMemory])
 @torch.no_grad()
 def test_it_is_left_alone(kind) -> None:
     model = kind().eval()
