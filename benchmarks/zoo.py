@@ -5,6 +5,7 @@
     benchmarks/install_zoo.sh DIR                        # the packages, without their dependencies
     python benchmarks/zoo.py --packages DIR              # all; writes benchmarks/results/zoo.json
     python benchmarks/zoo.py --packages DIR tcn wav2vec  # those whose names hold one of these words
+    python benchmarks/zoo.py --packages DIR --backend c  # their steps in C beside eager ones; prints a line for each
 
 Each model runs in a process of its own with a time limit. The columns:
 
@@ -38,6 +39,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.utils._pytree import tree_leaves
 
 import cofx
 
@@ -46,8 +48,10 @@ from zoo_entries import ENTRIES, Entry, prepare_imports
 
 RESULTS = Path(__file__).parent / "results" / "zoo.json"
 # a model that cannot be traced for one of these reasons is refused, for any other it failed
-NAMED = ("what it computes depends on the data", "changes its buffers", "changes its parameters")
+NAMED = ("what it computes depends on the data", "gives something else", "changes its parameters")
 EXTRA = 6  # evaluations of a clip that are verified beyond the first
+BESIDE, MOST = 24, 6000  # steps of a backend that are compared in mid-stream, and of a stream in all
+CLOSE = 1e-4  # of the largest number of a stream's outputs
 
 
 def measure(entry: Entry) -> dict[str, Any]:
@@ -92,6 +96,53 @@ def measure(entry: Entry) -> dict[str, Any]:
     return row
 
 
+def measure_backend(entry: Entry, backend: str) -> dict[str, Any]:
+    """A row of a backend: its steps beside eager ones, and how long they take."""
+    row: dict[str, Any] = {"model": entry.name}
+    torch.manual_seed(0)
+    try:
+        model = entry.build().eval()
+        clip = entry.inputs()
+        plain = cofx.compile(model, clip, time_dim=entry.time_dim)
+    except Exception as error:
+        return row | {"outcome": "unavailable", "why": _short(error)}
+    try:
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always")
+            step = cofx.compile(model, clip, time_dim=entry.time_dim, backend=backend)
+        if any("steps run eagerly" in str(w.message) for w in told):
+            return row | {"outcome": "eager"}
+        spec, period = plain.compiled.spec, plain.compiled.plan.schedule.period
+        first = plain.compiled.steady_from
+        frames = first + max(BESIDE, 2 * period)
+        if frames > MOST:
+            return row | {"outcome": "long", "why": f"{frames} frames"}
+        clips = entry.inputs(frames)
+        worst, largest, taken = 0.0, 0.0, {"plain": 0.0, "backend": 0.0}
+        with torch.no_grad():
+            for t in range(frames):
+                frame = spec.frame(spec.part(clips, t, 1))
+                found = []
+                for name, one in (("plain", plain), ("backend", step)):
+                    began = time.process_time()
+                    found.append(tree_leaves(one.forward_step(*frame)))
+                    taken[name] += time.process_time() - began if t > first else 0.0
+                for a, b in zip(*found, strict=True):
+                    if isinstance(a, torch.Tensor) and a.numel():
+                        worst = max(worst, (a.double() - b.double()).abs().max().item())
+                        largest = max(largest, a.double().abs().max().item())
+        row |= {
+            "difference": worst,
+            "largest": largest,
+            "faster": round(taken["plain"] / max(taken["backend"], 1e-9), 2),
+        }
+        return row | {"outcome": "exact" if worst <= CLOSE * max(1.0, largest) else "WRONG"}
+    except cofx.CompileError as error:
+        return row | {"outcome": "no form", "why": _short(error)}
+    except Exception as error:
+        return row | {"outcome": "failed", "why": _short(error), "trace": traceback.format_exc()}
+
+
 def _longer(entry: Entry, step: cofx.StepModule) -> int | None:
     """Frames of the second stream to verify, or None where the model itself takes no other length."""
     words = {o.equivalence for o in step.outputs}
@@ -115,8 +166,8 @@ def _short(error: BaseException) -> str:
     return f"{type(error).__name__}: {text}"[:400]
 
 
-def run(entry: Entry, limit: float) -> dict[str, Any]:
-    """`measure` in a process of its own."""
+def run(entry: Entry, limit: float, backend: str | None) -> dict[str, Any]:
+    """`measure`, or `measure_backend`, in a process of its own."""
     receive, send = multiprocessing.Pipe(duplex=False)
 
     def child() -> None:
@@ -124,7 +175,7 @@ def run(entry: Entry, limit: float) -> dict[str, Any]:
         os.dup2(null, 1)
         os.dup2(null, 2)
         warnings.simplefilter("ignore")
-        send.send(measure(entry))
+        send.send(measure(entry) if backend is None else measure_backend(entry, backend))
         send.close()
 
     process = multiprocessing.get_context("fork").Process(target=child)
@@ -158,6 +209,8 @@ def main() -> None:
     parser.add_argument("--packages", help="a folder with the public packages")
     parser.add_argument("--limit", type=float, default=180, help="seconds for each model")
     parser.add_argument("--resume", action="store_true", help="only models of which the results have no row")
+    parser.add_argument("--backend", help="the steps of a backend beside eager ones; prints, and keeps no results")
+    parser.add_argument("--every", type=int, default=1, help="one model of so many")
     parser.add_argument("--here", action="store_true", help="in this process, and with the traceback")
     arguments = parser.parse_args()
     if arguments.packages:
@@ -167,11 +220,16 @@ def main() -> None:
     _ = cofx.compile  # what it imports is imported here, not in each model's process
     words = arguments.words
     entries = [e for e in ENTRIES.values() if not words or any(w.lower() in e.name.lower() for w in words)]
+    entries = entries[:: arguments.every]
     known = kept_rows() if arguments.resume else {}
     rows = []
     for entry in (e for e in entries if e.name not in known):
         import_package(entry)
-        row = (measure(entry) if arguments.here else run(entry, arguments.limit)) | {"built": build()}
+        if arguments.backend is not None:
+            rows.append(run(entry, arguments.limit, arguments.backend))
+            print(json.dumps(rows[-1]), flush=True)
+            continue
+        row = (measure(entry) if arguments.here else run(entry, arguments.limit, None)) | {"built": build()}
         for folder in (arguments.packages, Path(torch.__file__).parent.parent):  # (sources are told from there)
             for told in (str(folder).rstrip("/"), os.path.relpath(folder)) if folder else ():
                 row["why"] = row.get("why", "").replace(f"{told}/", "")

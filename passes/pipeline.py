@@ -212,25 +212,8 @@ def compile_plan(
         if not error.always and (plan := anew()) is not None:
             return plan
         raise
-    graph, facts, constants = _understand(model, captured, clock, context)
-    traces: list[Trace] = []
-    if (general := _general(model, example, clock, captured, graph, facts, batch)) is not None:
-        whole = _understand(model, general.captured, clock, context, general.graph)
-        if _streams(*whole[:2]):
-            captured, traces, (graph, facts, constants) = general.captured, general.traces, whole
-
-    def again(longer: int, closed: bool) -> tuple[Capture, fx.Graph]:
-        other = capture(model, example, clock, longer, batch, captured, closed)
-        if other.out_spec != captured.out_spec:
-            raise SizeReturned("the model returns a number that follows from the length of its inputs")
-        return other, _understand(model, other, clock, context)[0]
-
-    alike = captured.symbolic_time or compare_lengths(graph, captured, again)
-    if alike and not captured.symbolic_time:
-        fold_positions(graph)
-        unfold_spectra(graph)
-        constants = Constants(tensors(model, captured), not_constant(graph, captured))
-        facts = propagate_facts(graph, captured, clock, constants, context)
+    found = _at_all_lengths(model, example, clock, batch, context, captured)
+    captured, graph, constants, facts, alike = found.captured, found.graph, found.constants, found.facts, found.alike
     leaves = _leaves(graph)
     values = _values(facts, leaves, equivalence, newest)
     loops = any(isinstance(n.target, Loop) for n in graph.nodes)
@@ -252,9 +235,53 @@ def compile_plan(
     plan = _plan(
         graph, captured, clock, constants, facts, leaves, values, limit if branch is None else None, branch, runs
     )
-    if traces and branch is None:
-        plan.endings = Endings(traces, facts, plan.schedule.period)
+    if found.traces and branch is None:
+        plan.endings = Endings(found.traces, facts, plan.schedule.period)
     return plan
+
+
+@dataclass
+class _Found:
+    """What is known of a traced model.
+
+    Attributes:
+        captured, graph, constants, facts: its trace, canonical graph, constants, and a fact for every value.
+        alike: whether the graph holds at all lengths; None if that could not be told.
+        traces: those from which it was put together.
+    """
+
+    captured: Capture
+    graph: fx.Graph
+    constants: Constants
+    facts: Facts
+    alike: bool | None
+    traces: list[Trace]
+
+
+def _at_all_lengths(
+    model: nn.Module, example: Sequence[torch.Tensor], clock: Clock, batch: int, context: int | None, captured: Capture
+) -> _Found:
+    """A trace, or several of them put together, as a graph that holds at as many lengths as there are such graphs."""
+    graph, facts, constants = _understand(model, captured, clock, context)
+    traces: list[Trace] = []
+    if (general := _general(model, example, clock, captured, graph, facts, batch)) is not None:
+        whole = _understand(model, general.captured, clock, context, general.graph)
+        if _streams(*whole[:2]):
+            captured, traces, (graph, facts, constants) = general.captured, general.traces, whole
+
+    def again(longer: int, closed: bool) -> tuple[Capture, fx.Graph]:
+        other = capture(model, example, clock, longer, batch, captured, closed)
+        if other.out_spec != captured.out_spec:
+            raise SizeReturned("the model returns a number that follows from the length of its inputs")
+        return other, _understand(model, other, clock, context)[0]
+
+    alike = captured.symbolic_time or compare_lengths(graph, captured, again)
+    if alike and not captured.symbolic_time:
+        fold_positions(graph)
+        unfold_spectra(graph)
+        constants = Constants(tensors(model, captured), not_constant(graph, captured))
+        facts = propagate_facts(graph, captured, clock, constants, context)
+    return _Found(captured, graph, constants, facts, alike, traces)
 
 
 def plan_of(

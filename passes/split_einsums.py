@@ -24,6 +24,9 @@ def split_einsums(graph: fx.Graph) -> None:
     graph.eliminate_dead_code()
 
 
+MATMUL = "...ik,...kj->...ij"  # a product of matrices as an einsum
+
+
 def spelled_out(equation: str, ranks: list[int]) -> tuple[list[str], str]:
     """The terms and the result of an einsum, a letter for each dimension: ``...`` and a missing result made explicit.
 

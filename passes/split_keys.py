@@ -20,7 +20,7 @@ from torch.fx.node import map_arg
 
 from .canonicalize import JOINS, unbind
 from .graph_edits import call_at, order_of, sizes_of, take_place
-from .split_einsums import spelled_out
+from .split_einsums import MATMUL, spelled_out
 
 aten = torch.ops.aten
 _PADS = (aten.pad.default, aten.constant_pad_nd.default)
@@ -235,9 +235,7 @@ class _Splitting:
             ranks = [len(n.meta["sizes"][0]) for n in nodes]
             if min(ranks) < 2:
                 return None
-            letters = "".join(chr(ord("A") + i) for i in range(max(ranks) - 2))
-            terms = [letters[len(letters) - r + 2 :] + e for r, e in zip(ranks, ("ik", "kj"), strict=True)]
-            result = letters + "ij"
+            terms, result = spelled_out(MATMUL, ranks)
         apart = {term[self.of[n].axis] for n, term in zip(nodes, terms, strict=True) if n in self.of}
         if len(apart) != 1 or nodes[0] is nodes[1]:
             return None  # queries are in parts as keys are

@@ -31,6 +31,7 @@ from ..errors import NonLocal
 from ..layout import KEY, TIME, Dim, Layout, from_sizes
 from ..registry import Call, Fact, InClip, Pair, Sample, find_rule, lower_call, overloads, pair_rule, rule
 from ..schedule import Taps
+from ..split_einsums import MATMUL, spelled_out
 from ..stream_graph import SAME, Op, Read, Value, Window, positional, read
 from .slicing import bound
 
@@ -373,14 +374,10 @@ def matmul(call: Call) -> Fact:
         next((d for lay in (left, right) if (k := i - rank + len(lay)) >= 0 and (d := lay[k])), ())
         for i in range(rank - 2)
     ]
-    letters = [chr(ord("A") + i) for i in range(rank - 2)]
-    terms = [[*letters[rank - len(left) :], "i", "k"], [*letters[rank - len(right) :], "k", "j"]]
-    result = [*letters, "i", "j"]
-    dims = {**dict(zip(letters, batch, strict=True)), "i": left[len(left) - 2], "j": right[len(right) - 1]}
-    added = None
-    if "batch1" in args:
-        added = args["self"]
-    return _Product(call, nodes, terms, result, dims).fact(added)
+    terms, result = spelled_out(MATMUL, [len(left), len(right)])
+    dims = {**dict(zip(result, batch, strict=False)), "i": left[len(left) - 2], "j": right[len(right) - 1]}
+    added = args["self"] if "batch1" in args else None
+    return _Product(call, nodes, [list(t) for t in terms], list(result), dims).fact(added)
 
 
 @pair_rule(aten.einsum.default)
