@@ -75,10 +75,14 @@ VIDEO = {
 }  # fmt: skip
 
 
+LONG = ("Conv-TasNet", "S-TR")
 QUICK = ("X3D", "Slow")  # the others are of the same builders
 
 
-@pytest.mark.parametrize(("sample", "least"), EXACT, ids=lambda given: getattr(given, "name", ""))
+@pytest.mark.parametrize(
+    ("sample", "least"),
+    [pytest.param(s, least, id=s.name, marks=[pytest.mark.slow] * (s.name in LONG)) for s, least in EXACT],
+)
 def test_exact(sample: Sample, least: float) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

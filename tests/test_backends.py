@@ -65,7 +65,7 @@ def same(got, want):
             torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("backend", ["onnxruntime", "c", "inductor"])
+@pytest.mark.parametrize("backend", ["onnxruntime", "c", pytest.param("inductor", marks=pytest.mark.slow)])
 @torch.no_grad()
 def test_steps_chunks_and_snapshots_in_turn(backend):
     model = net()

@@ -13,7 +13,7 @@ from lane_streams import Batch, step_call
 from models import SAMPLES, Sample, batched
 from shaken import FailsAt
 
-BATCHED = batched(24)
+BATCHED = batched(40)
 
 
 @pytest.fixture(autouse=True)

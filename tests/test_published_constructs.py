@@ -364,7 +364,10 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("name", CASES)
+SLOW = ("chunk_mask_of_the_past", "loop_that_looks_ahead")
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] * (n in SLOW)) for n in CASES])
 def test_streams(name: str) -> None:
     torch.manual_seed(0)
     build, shape, time_dim, fields = CASES[name]

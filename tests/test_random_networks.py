@@ -23,7 +23,7 @@ if (
 ):  # a perturbation may hide behind a maximum: among thousands of nets there is one that measures too little
     CHECKS += ("latency", "receptive_field")
 budget = settings(
-    max_examples=SEARCH or 15,
+    max_examples=SEARCH or 10,
     derandomize=not SEARCH,
     phases=[Phase.generate, Phase.shrink] if SEARCH else [Phase.generate],
     deadline=None,

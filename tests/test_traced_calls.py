@@ -105,6 +105,9 @@ NETS: dict[str, tuple[Callable[[], nn.Module], int]] = {
 }  # fmt: skip
 
 
+SOME = [n if n in ("both", "windowed", "sixteen phases") else pytest.param(n, marks=pytest.mark.slow) for n in NETS]
+
+
 def same(got: Any, wanted: Any) -> None:
     leaves, spec = pytree.tree_flatten(got)
     others, other = pytree.tree_flatten(wanted)
@@ -139,7 +142,7 @@ def test_every_step_is_in_a_graph(name: str) -> None:
     same(step.get_state(), plain.get_state())
 
 
-@pytest.mark.parametrize("name", NETS)
+@pytest.mark.parametrize("name", SOME)
 def test_every_chunk_and_the_end_are_in_a_graph(name: str) -> None:
     step, plain, x = twins(name)
     take, flush = whole(step.forward_steps), whole(step.flush)
@@ -153,7 +156,7 @@ def test_every_chunk_and_the_end_are_in_a_graph(name: str) -> None:
     assert not counters["graph_break"]
 
 
-@pytest.mark.parametrize("name", NETS)
+@pytest.mark.parametrize("name", SOME)
 def test_every_call_with_lanes_is_in_a_graph(name: str) -> None:
     """From the first on, lengths included."""
     step, plain, x = twins(name)
