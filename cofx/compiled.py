@@ -129,8 +129,8 @@ class Compiled:
             self._looked, self._shares = len(folded), itertools.cycle(tuple(zip(*s, strict=True)) for s in shares)
         sources, versions = next(self._shares, ((), ()))
         if not self._stale and tuple(map(_VERSION, sources)) != versions:
-            self._looked = 0
             if not self.plan.constants.rewritten():  # a forward that bounds its weights, called once more
+                self._looked = 0
                 return
             self._stale = True
             warnings.warn(

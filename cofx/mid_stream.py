@@ -127,12 +127,13 @@ class MidStream:
             outputs, placed = self._steps(home.step, state.count, chunks, ticks, here)
             return outputs, self._resident(state, ticks, placed)
         if backend == "eager" and self._pictures and compiled.large_frames and (state.batch or 1) > 1:
-            runs = [self.program(phase, apart=True) for phase in range(self._period)]
+            made = [self.program(phase, apart=True) for phase in range(self._period)]
+            runs = [run for run in made if run is not None]
 
             def step(phase: int, frames: Sequence[torch.Tensor], kept: Any) -> Any:
-                return runs[phase](*frames, *kept)  # type: ignore[misc]
+                return runs[phase](*frames, *kept)
 
-            if None not in runs:
+            if len(runs) == self._period:
                 outputs, kept = self._steps(step, state.count, chunks, ticks, self._parts(state))
                 return outputs, StreamState(state.count + ticks, None, state.batch, kept, compiled.specs)
         return None

@@ -10,8 +10,7 @@ import torch
 from torch import fx, nn
 
 from .compiled import Compiled
-from .passes.capture import tensor_leaves
-from .passes.leave_as_found import as_for_inference
+from .passes.leave_as_found import as_for_inference, tensor_leaves
 from .passes.pipeline import Leaf, clip_of
 from .runtime.errors import InputError
 from .runtime.state import StreamState

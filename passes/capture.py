@@ -38,7 +38,7 @@ from torch.utils._sympy.printers import PythonPrinter
 from .both_branches import both_branches
 from .caught_errors import caught_errors
 from .errors import CaptureError, raised_at
-from .functionalize import functionalize, needs_functionalization
+from .functionalize import composite, functionalize, needs_functionalization
 from .inline_regions import inline_regions
 from .known_values import KnownValues
 from .leave_as_found import as_for_inference, run, written_by
@@ -289,9 +289,9 @@ def _export(
             for n in program.graph.nodes
             if n.op == "call_function" and isinstance(n.meta.get("val"), torch.Tensor) and find_rule(n.target) is None
         }
-        composite = {op for op in unknown if _composite(op)}
-        known_to_torch = torch.export.default_decompositions() if composite else {}  # (a table of all ops)
-        decompose = {op: known_to_torch[op] for op in composite if op in known_to_torch}
+        named = {op for op in unknown if _to_be_parted(op)}
+        known_to_torch = torch.export.default_decompositions() if named else {}  # (a table of all ops)
+        decompose = {op: known_to_torch[op] for op in named if op in known_to_torch}
         vmapped = any("functorch" in str(getattr(n.target, "__module__", "")) for n in program.graph.nodes)
         if decompose or vmapped or (needs_functionalization(program.graph) and not functionalize(program.graph)):
             program = program.run_decompositions(decompose)
@@ -317,13 +317,9 @@ def unsolved_sizes() -> Iterator[None]:
         DimConstraints.solve = original  # type: ignore[method-assign]
 
 
-def _composite(op: Any) -> bool:
-    """Whether an op is only a name for others."""
-    return (
-        isinstance(op, torch._ops.OpOverload)
-        and not (entry(op).hands_on or entry(op).stays)
-        and torch._C._dispatch_has_kernel_for_dispatch_key(op._name, "CompositeImplicitAutograd")
-    )
+def _to_be_parted(op: Any) -> bool:
+    """Whether an op is only a name for others, and no rule wants it whole."""
+    return composite(op) and not (entry(op).hands_on or entry(op).stays)
 
 
 def _dynamic_shapes(model: nn.Module, dims: list[dict[int, Any]]) -> Any:
@@ -466,11 +462,6 @@ class SizeFixed(CaptureError):
 
 class SizeReturned(CaptureError):
     """A leaf of the model's output is a number that is another for clips of another size."""
-
-
-def tensor_leaves(outputs: Any) -> list[torch.Tensor]:
-    """The tensors of a module's output, in order."""
-    return [x for x in pytree.tree_leaves(outputs) if isinstance(x, torch.Tensor)]
 
 
 class _Fixed:

@@ -23,10 +23,11 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from .assertions import truth_without_error
-from .capture import CONGRUENT, Capture, Clock, tensor_leaves
+from .capture import CONGRUENT, Capture, Clock
 from .drop_caches import Kept, dropped
 from .errors import is_users, line_of
 from .fake_run import on_fake_tensors
+from .leave_as_found import tensor_leaves
 
 # how far ahead one looks for numbers that follow the length: by a multiple of all strides, so that nothing is rounded,
 # by a clip or half of one, or less far (behind, at last) where a table ends or frames are looped over

@@ -14,9 +14,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from .capture import tensor_leaves
 from .fake_run import on_fake_tensors
-from .leave_as_found import containers, hold, run
+from .leave_as_found import containers, hold, run, tensor_leaves
 
 
 @dataclass(frozen=True)

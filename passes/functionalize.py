@@ -187,6 +187,13 @@ def mutates(target: Any) -> bool:
     return isinstance(target, torch._ops.OpOverload) and bool(target._schema.is_mutable)
 
 
+def composite(target: Any) -> bool:
+    """Whether a node's target is an op that torch writes as others."""
+    return isinstance(target, torch._ops.OpOverload) and torch._C._dispatch_has_kernel_for_dispatch_key(
+        target._name, "CompositeImplicitAutograd"
+    )
+
+
 def functional(target: Any) -> Any:
     """The functional twin of an in-place overload; any other target as it is."""
     if not mutates(target):

@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import _disable_current_modes
 
 DEPTH = 2  # so deep a module's lists, dicts and objects are looked into
@@ -63,6 +64,11 @@ def as_for_inference(model: nn.Module) -> Iterator[None]:
                 if parameter.data_ptr() != values.data_ptr():  # its ``data`` was replaced
                     parameter.data = values
         torch.backends.mha.set_fastpath_enabled(fastpath)
+
+
+def tensor_leaves(outputs: Any) -> list[torch.Tensor]:
+    """The tensors of a module's output, in order."""
+    return [x for x in pytree.tree_leaves(outputs) if isinstance(x, torch.Tensor)]
 
 
 def run(model: nn.Module, inputs: Sequence[torch.Tensor]) -> Any:

@@ -16,13 +16,13 @@ import torch
 from torch import nn
 from torch.export import ExportedProgram
 from torch.overrides import TorchFunctionMode
-from torch.utils import _pytree as pytree
 
 from .errors import CaptureError
-from .leave_as_found import as_for_inference, note_written, written_by
+from .leave_as_found import as_for_inference, note_written, tensor_leaves, written_by
 
 CLOSE = 1e-6  # of the largest number of an output: calls that differ by less are alike
-_GET, _SET = torch.Tensor.data.__get__, torch.Tensor.data.__set__  # type: ignore[attr-defined]
+_DATA: Any = torch.Tensor.data
+_GET, _SET = _DATA.__get__, _DATA.__set__
 _WRITTEN = {"BUFFER_MUTATION", "PARAMETER_MUTATION"}
 
 
@@ -118,8 +118,10 @@ def check_repeats(model: nn.Module, inputs: Sequence[torch.Tensor]) -> None:
     turned = [x.flip(tuple(range(x.dim()))) for x in inputs]
     with torch.no_grad(), as_for_inference(model):
         with _copied(model, written):
-            traced = [y.clone() for y in _tensors(model(*inputs))]
-        first, _, second, third = ([y.clone() for y in _tensors(model(*x))] for x in (inputs, turned, inputs, inputs))
+            traced = [y.clone() for y in tensor_leaves(model(*inputs))]
+        first, _, second, third = (
+            [y.clone() for y in tensor_leaves(model(*x))] for x in (inputs, turned, inputs, inputs)
+        )
     if _alike(traced, first) and _alike(first, second):
         return
     reason = f"forward changes {', '.join(sorted(written))}, and the model then gives something else"
@@ -127,10 +129,6 @@ def check_repeats(model: nn.Module, inputs: Sequence[torch.Tensor]) -> None:
         raise Unsteady(f"{reason} from its second call on", "call the model once on a clip, then compile it")
     hint = "write forward so that what it gives depends on its inputs alone, not on the calls before"
     raise Unsteady(f"{reason} at each call", hint)
-
-
-def _tensors(outputs: Any) -> list[torch.Tensor]:
-    return [x for x in pytree.tree_leaves(outputs) if isinstance(x, torch.Tensor)]
 
 
 def _alike(one: Sequence[torch.Tensor], other: Sequence[torch.Tensor]) -> bool:

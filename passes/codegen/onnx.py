@@ -31,7 +31,7 @@ from ...runtime.onnx_meta import FORMAT
 from ...runtime.state_file import folder_of
 from ..capture import untraced
 from ..errors import CompileError, user_frame
-from ..functionalize import mutates
+from ..functionalize import composite, mutates
 from ..schedule_delays import Schedule
 from .lane_states import lane_schedule
 from .lanes import LaneProgram, generate_exported, model_axes
@@ -251,12 +251,7 @@ def _decompose_once(exported: ExportedProgram) -> None:
 @functools.cache
 def _always_decomposed(op: Any) -> bool:
     """Whether torch writes an op as others whatever the table says, and ONNX has no form for it."""
-    return (
-        isinstance(op, torch._ops.OpOverload)
-        and torch._C._dispatch_has_kernel_for_dispatch_key(op._name, "CompositeImplicitAutograd")
-        and op not in _VIEWS
-        and op not in torch.export.default_decompositions()
-    )
+    return composite(op) and op not in _VIEWS and op not in torch.export.default_decompositions()
 
 
 def _example(shape: Sequence[int], batch: int | None, dtype: torch.dtype, lanes: int, device: Any) -> torch.Tensor:

@@ -51,8 +51,10 @@ class Phase:
 
 def _origin(node: fx.Node) -> fx.Node:
     """What a node is the same as."""
-    while node.target in _SAME and node.args[0].meta["val"].shape == node.meta["val"].shape:  # type: ignore[union-attr]
-        node = node.args[0]  # type: ignore[assignment]
+    while node.target in _SAME and isinstance(source := node.args[0], fx.Node):
+        if source.meta["val"].shape != node.meta["val"].shape:
+            break
+        node = source
     return node
 
 
